@@ -1,0 +1,111 @@
+"""MAE, the masked autoencoder on pixels (He et al. 2021, arXiv 2111.06377)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lmd_bench.errors import ConfigError
+from lmd_bench.lmd.mask_schedule import num_kept
+from lmd_bench.method import DataSpec, Method, MethodConfig, StepOutput
+from lmd_bench.nn.config import AutoencoderConfig, sizes_of
+from lmd_bench.nn.masked_autoencoder import MaskedAutoencoder
+from lmd_bench.nn.masking import pixel_mask, random_ids, token_mask
+from lmd_bench.nn.official import load_exactly, shape_of_checkpoint
+
+_PIXEL_STATS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+
+class MAEConfig(AutoencoderConfig):
+    """Options of MAE; the defaults are ViT-B/16 as published, but for plain targets."""
+
+    patch_size: int = Field(default=16, ge=1)
+    """Side of a token, px."""
+    mask_ratio: float = Field(default=0.75, gt=0, lt=1)
+    """Share of tokens hidden; int(L * (1 - mask_ratio)) stay visible."""
+    pixel_stats: Literal["imagenet", "half"] = "imagenet"
+    """Mean and deviation that pixels are normalised by: ImageNet's, or 0.5 and 0.5 (to [-1, 1])."""
+
+
+class MAE(Method):
+    """Masked autoencoder: a ViT encoder on the visible quarter of the patches, a small decoder for the rest."""
+
+    Config: ClassVar[type[MethodConfig]] = MAEConfig
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, config: MAEConfig, data: DataSpec) -> None:
+        super().__init__(config, data)
+        self.check(config, data)
+        self.config = config
+        self.model = MaskedAutoencoder(
+            config.shape(data.image_size, in_channels=3), normalize_targets=config.normalize_targets
+        )
+        self.num_kept = num_kept(self.model.shape.num_tokens, config.mask_ratio)
+        for name, values in zip(("pixel_mean", "pixel_std"), _PIXEL_STATS[config.pixel_stats], strict=True):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+
+    @classmethod
+    def check(cls, config: MAEConfig, data: DataSpec) -> None:
+        """Raise ConfigError unless the patch size cuts the images."""
+        config.check_patch(data.image_size, "images")
+
+    @classmethod
+    def yardstick_obstacle(cls, config: MAEConfig) -> str | None:
+        """Normalised targets cannot be turned back into pixels without the hidden patch's own statistics."""
+        return "normalised targets" if config.normalize_targets else None
+
+    def training_step(self, inputs: Tensor, *, step: int, total_steps: int) -> StepOutput:
+        """Loss on images (B, 3, S, S) in [0, 1] under a fresh random mask."""
+        ids = random_ids(len(inputs), self.model.shape.num_tokens, inputs.device)
+        loss = self.model(self.normalize(inputs), ids, self.num_kept)
+        return StepOutput(loss, {"mask_ratio": self.config.mask_ratio, "tokens": float(self.num_kept)})
+
+    def mask_ratio_at(self, step: int, total_steps: int) -> float:
+        """The constant mask ratio."""
+        return self.config.mask_ratio
+
+    def num_tokens_at(self, step: int, total_steps: int) -> int:
+        """Visible patches, the class token not counted."""
+        return self.num_kept
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
+        """Predict every patch that touches a hidden unit; the others are returned as they came."""
+        if self.config.normalize_targets:
+            raise ConfigError("normalize_targets: a model of normalised targets cannot reconstruct pixels")
+        size = self.data.image_size
+        hidden = token_mask(pixel_mask(mask, size), self.config.patch_size)
+        completed = self.model.complete(self.normalize(images), hidden)
+        return (completed.float() * self.pixel_std + self.pixel_mean).clamp(0.0, 1.0)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] to zero mean and unit deviation over the pixel statistics."""
+        return (images - self.pixel_mean) / self.pixel_std
+
+    @classmethod
+    def from_official(cls, state_dict: Mapping[str, Tensor], **options: Any) -> MAE:
+        """MAE with the weights of an authors' pre-training checkpoint (its "model" entry).
+
+        Sizes are read off the tensors. `options` are those of `MAEConfig`; `encoder_heads` (default 12) and
+        `decoder_heads` (default 16) cannot be read off. Raises WeightsError naming keys that do not fit.
+        """
+        heads = {name: options.get(name, MAEConfig.model_fields[name].default) for name in _HEADS}
+        shape = shape_of_checkpoint(state_dict, **heads)
+        method = cls(MAEConfig(**{**sizes_of(shape), **options}), DataSpec(shape.input_size))
+        load_exactly(method.model, state_dict)
+        return method
+
+    def to_official(self) -> dict[str, Tensor]:
+        """The weights in the authors' layout; `from_official` of them is this model bit for bit."""
+        return dict(self.model.state_dict())
+
+
+_HEADS = ("encoder_heads", "decoder_heads")

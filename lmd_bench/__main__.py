@@ -1,0 +1,5 @@
+"""`python -m lmd_bench` is `lmd-bench`."""
+
+from lmd_bench.cli import main
+
+main()

@@ -1,0 +1,473 @@
+"""Suites as validated values: what is trained, how, on what, and which figures are wanted. Imports no torch.
+
+A suite is a YAML file. `load_suite` reads it (and the one it extends), `with_settings` applies `--set` values, and
+`resolve_cells` makes one `RunConfig`, a complete and explicit description, for every (row, seed).
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import hashlib
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lmd_bench.errors import ConfigError
+
+Json = dict[str, Any]
+
+
+class _Values(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Values):
+    """Where images come from."""
+
+    name: Literal["scenes", "folder"] = "scenes"
+    path: str | None = None
+    """Folder of images (ImageFolder layout, with or without train/ and val/, or flat). Only for `folder`."""
+    image_size: int = Field(default=64, ge=8, le=4096)
+    """Side of the square training images, px."""
+    num_train: int | None = Field(default=None, ge=1)
+    """Training images; None takes all of a folder. `scenes` needs a number: they are made once, before timing."""
+    num_held_out: int = Field(default=64, ge=1)
+    """Images kept away from training, for the yardstick. A folder without val/ gives them up from its own."""
+    seed: int = Field(default=0, ge=0)
+    """Which scenes are drawn; which images of a folder are held out."""
+    num_workers: int | None = Field(default=None, ge=0)
+    """Decoding processes for a folder; None: one per core but one, at most 16. Scenes are held in memory."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> DataConfig:
+        if self.name == "scenes" and self.num_train is None:
+            raise ValueError("scenes are generated, so data.num_train must say how many")
+        if self.name == "scenes" and self.path is not None:
+            raise ValueError("data.path is for data.name = folder")
+        return self
+
+
+class AugmentationConfig(_Values):
+    """What happens to a training image before a method sees it."""
+
+    crop: Literal["auto", "none", "random_resized"] = "auto"
+    """`random_resized`: torchvision's RandomResizedCrop; `none`: short side resized, centre crop; `auto`: `none` for
+    scenes, `random_resized` for a folder."""
+    scale: tuple[float, float] = (0.2, 1.0)
+    """Range of the crop's area as a share of the image."""
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+    """Range of the crop's width over height."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    flip: bool = True
+    """Mirror left to right with probability 1/2."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AugmentationConfig:
+        for name in ("scale", "ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"augmentation.{name} must be two numbers 0 < low <= high, got {low}, {high}")
+        return self
+
+
+class OptimizerConfig(_Values):
+    """The optimizer and its constants."""
+
+    name: Literal["adamw", "adam", "adan"] = "adamw"
+    betas: tuple[float, ...] = (0.9, 0.95)
+    """Two for adamw and adam, three for adan (in the convention of its code: 0.98, 0.92, 0.99)."""
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    implementation: Literal["default", "loop", "foreach", "fused"] = "default"
+    """`default` is the library's own choice for the device; the others force one."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> OptimizerConfig:
+        wanted = 3 if self.name == "adan" else 2
+        if len(self.betas) != wanted or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer {self.name} needs {wanted} betas in [0, 1), got {list(self.betas)}")
+        if self.name == "adan" and self.implementation == "fused":
+            raise ValueError("adan has no fused implementation: use default, loop or foreach")
+        return self
+
+
+class LearningRateConfig(_Values):
+    """The learning rate over a run."""
+
+    base: float = Field(gt=0)
+    """Rate for `per_images` images a step; scaled linearly to the batch."""
+    per_images: int | None = Field(default=256, ge=1)
+    """None: `base` is the rate itself, whatever the batch."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After the linear warm-up from 0: half a cosine down to `minimum`, or constant."""
+    minimum: float = Field(default=0.0, ge=0)
+
+
+class RecipeConfig(_Values):
+    """Everything about training that a publication fixes beside the model."""
+
+    batch_size: int = Field(ge=1)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    lr: LearningRateConfig
+    lr_warmup_steps: int | None = Field(default=None, ge=0)
+    """Steps of linear learning-rate warm-up; give at most one of the three."""
+    lr_warmup_epochs: float | None = Field(default=None, ge=0)
+    lr_warmup_share: float | None = Field(default=None, ge=0, lt=1)
+    """Share of the run: what a warm-up of 40 in 800 epochs is in a run of another length."""
+    clip_grad_norm: float | None = Field(default=None, gt=0)
+    """Largest global gradient norm; None does not clip."""
+    ema_decay: float | None = Field(default=None, ge=0, lt=1)
+    """Decay of the moving average of the weights that is evaluated; None keeps none."""
+    augmentation: AugmentationConfig = AugmentationConfig()
+    source: str = ""
+    """Where these values were published."""
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> RecipeConfig:
+        given = (self.lr_warmup_steps, self.lr_warmup_epochs, self.lr_warmup_share)
+        if sum(value is not None for value in given) > 1:
+            raise ValueError("give one of lr_warmup_steps, lr_warmup_epochs and lr_warmup_share")
+        return self
+
+
+class RowConfig(_Values):
+    """One row of a suite: a method with options under a recipe."""
+
+    method: str
+    """Name of an installed method (`lmd-bench list`)."""
+    label: str
+    """How tables name the row."""
+    recipe: str
+    """Name of one of the suite's recipes."""
+    options: Json = {}
+    """The method's own options, checked by the method."""
+    image_size: int | None = Field(default=None, ge=8, le=4096)
+    """Overrides data.image_size for this row."""
+    published: str | None = None
+    """The row of the published tables this one stands beside, as it is named there."""
+    planned: str | None = None
+    """Set where the method or part of it is not built yet: why. The row is then listed, never run."""
+    note: str = ""
+    """A sentence that tables print under themselves for this row."""
+
+
+class TargetConfig(_Values):
+    """A quality that TTQ waits for: a share of the reference row's own gain on the yardstick."""
+
+    fraction: float = Field(gt=0, le=1)
+    of: str
+    """The row whose gain (PSNR at its first check to its best) the fraction is taken of."""
+
+
+class EvaluationConfig(_Values):
+    """The common yardstick: same held-out images, same masks, off the clock."""
+
+    num_checks: int = Field(default=6, ge=0)
+    """Checks spread evenly over the run, besides the one before the first step; 0 turns the yardstick off."""
+    num_images: int = Field(default=32, ge=1)
+    unit_px: int = Field(default=32, ge=1)
+    """Side of a mask unit, px, at every row's own image size."""
+    keep: float = Field(default=0.25, gt=0, lt=1)
+    """Share of units that stay visible: int(keep * n)."""
+    batch_size: int = Field(default=32, ge=1)
+    targets: tuple[TargetConfig, ...] = ()
+
+
+class EstimatorValues(_Values):
+    """How a valid loss decrease is counted (docs: README, "What the numbers mean")."""
+
+    headline: Literal["relative", "fraction", "grid", "slope"] = "relative"
+    delta: float = Field(default=0.01, gt=0, lt=1)
+    levels: int = Field(default=20, ge=2)
+    grid_step: float = Field(default=0.01, gt=0)
+    half_life_steps: int = Field(default=20, ge=1)
+    num_resamples: int = Field(default=1000, ge=100)
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+
+
+TableName = Literal["table1", "table2", "table3", "table5"]
+Precision = Literal["fp32", "bf16"]
+
+
+class Suite(_Values):
+    """A whole experiment: rows, data, recipes and the tables that come of them."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    title: str
+    notes: str = ""
+    data: DataConfig = DataConfig(num_train=4096)
+    recipes: dict[str, RecipeConfig]
+    methods: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")], RowConfig]
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps of every run; give this or `epochs`."""
+    epochs: float | None = Field(default=None, gt=0)
+    untimed_steps: int = Field(default=5, ge=0)
+    """Steps run first on state that is restored afterwards."""
+    precision: Precision = "fp32"
+    compile: bool = False
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    log_every_steps: int = Field(default=50, ge=1)
+    """Rows are written and the loss is looked at this often, on a clock of its own."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    estimator: EstimatorValues = EstimatorValues()
+    tables: tuple[TableName, ...] = ("table1",)
+    reference: str | None = None
+    """The row that ratios are taken against."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Suite:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds must differ, got {list(self.seeds)}")
+        for name, row in self.methods.items():
+            if row.recipe not in self.recipes:
+                raise ValueError(f"methods.{name}.recipe: no recipe {row.recipe!r}{near(row.recipe, self.recipes)}")
+        named = [("reference", self.reference)] + [
+            (f"evaluation.targets.{i}.of", target.of) for i, target in enumerate(self.evaluation.targets)
+        ]
+        for place, row_name in named:
+            if row_name is not None and row_name not in self.methods:
+                raise ValueError(f"{place}: no row {row_name!r}{near(row_name, self.methods)}")
+        return self
+
+
+class RunConfig(_Values):
+    """One cell (row x seed), complete: two cells with equal values are the same experiment."""
+
+    suite: str
+    row: str
+    label: str
+    method: str
+    options: Json
+    image_size: int
+    data: DataConfig
+    recipe: RecipeConfig
+    steps: int
+    lr_warmup_steps: int
+    untimed_steps: int
+    precision: Precision
+    compile: bool
+    seed: int
+    device: str
+    log_every_steps: int
+    evaluation: EvaluationConfig
+    estimator: EstimatorValues
+
+    def digest(self) -> str:
+        """SHA-256 over the values that change what is computed (names and labels left out), 16 hex digits."""
+        values = self.model_dump(mode="json", exclude={"label", "log_every_steps", "estimator"})
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# -- reading suites ---------------------------------------------------------------------------------------------------
+
+
+def near(word: str, words: typing.Iterable[str]) -> str:
+    """ "; did you mean 'x'?" for the closest of `words`, or what there is."""
+    candidates = list(words)
+    close = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; there is: {', '.join(sorted(candidates))}" if candidates else ""
+
+
+def shipped_suites() -> list[str]:
+    """Names of the suites inside the package, in a fixed order."""
+    folder = resources.files("lmd_bench") / "suites"
+    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_suite_values(name_or_path: str, _seen: tuple[str, ...] = ()) -> Json:
+    """The raw values of a suite, with the suite it `extends` merged beneath them.
+
+    Mappings merge key by key; a null takes a key away; everything else replaces.
+    """
+    if name_or_path in _seen:
+        raise ConfigError(f"suite {name_or_path!r} extends itself: {' -> '.join([*_seen, name_or_path])}")
+    place, text = _suite_text(name_or_path)
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where is not None else ""
+        raise ConfigError(f"{place}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{place}: a suite is a mapping of keys to values, this file holds {type(values).__name__}")
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    if not isinstance(parent, str):
+        raise ConfigError(f"{place}: extends: name one suite, got {parent!r}")
+    return merge(read_suite_values(parent, (*_seen, name_or_path)), values)
+
+
+def _suite_text(name_or_path: str) -> tuple[str, str]:
+    if name_or_path.endswith((".yaml", ".yml")):
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise ConfigError(f"--suite {name_or_path}: no such file")
+        try:
+            return name_or_path, path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--suite {name_or_path}: cannot be read as UTF-8 text: {error}") from error
+    names = shipped_suites()
+    if name_or_path not in names:
+        raise ConfigError(f"no suite {name_or_path!r}{near(name_or_path, names)} (or give a path ending in .yaml)")
+    return f"suite {name_or_path}", (resources.files("lmd_bench") / "suites" / f"{name_or_path}.yaml").read_text()
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Json:
+    """`over` laid on `base`: mappings merge, null removes, everything else replaces."""
+    merged = dict(base)
+    for key, value in over.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def parse_suite(values: Mapping[str, Any], place: str) -> Suite:
+    """Validate raw values; every problem is listed with its dotted name."""
+    try:
+        return Suite.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(describe_validation(error, Suite, place)) from error
+
+
+def load_suite(name_or_path: str) -> Suite:
+    """A shipped suite by name, or one of the user's own by path."""
+    return parse_suite(read_suite_values(name_or_path), f"suite {name_or_path}")
+
+
+def describe_validation(error: ValidationError, model: type[BaseModel], place: str) -> str:
+    """A pydantic error as lines of `place: dotted.key: what is wrong; what would be right`."""
+    lines = []
+    for problem in error.errors():
+        location = [str(part) for part in problem["loc"]]
+        dotted = ".".join(location)
+        if problem["type"] == "extra_forbidden":
+            known = _fields_at(model, location[:-1])
+            message = f"unknown key{near(location[-1], known)}"
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            if problem["type"] not in ("missing", "value_error"):
+                message += f", got {problem['input']!r}"
+        lines.append(f"{place}: {dotted}: {message}" if dotted else f"{place}: {message}")
+    return "\n".join(lines)
+
+
+def _fields_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
+    """Names of the fields of the nested model that `location` leads to."""
+    current: Any = model
+    for part in location:
+        if isinstance(current, type) and issubclass(current, BaseModel) and part in current.model_fields:
+            current = current.model_fields[part].annotation
+        else:  # a key of a mapping or an index of a list
+            arguments = [a for a in typing.get_args(current) if a is not Ellipsis]
+            current = arguments[-1] if arguments else None
+        models = [a for a in (current, *typing.get_args(current)) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if typing.get_origin(current) not in (dict, tuple, list) and models:
+            current = models[0]
+    if isinstance(current, type) and issubclass(current, BaseModel):
+        return list(current.model_fields)
+    return []
+
+
+# -- changing values from the command line ----------------------------------------------------------------------------
+
+
+def apply_settings(values: Json, settings: Sequence[str], option_names: Mapping[str, Sequence[str]]) -> Json:
+    """`a.b=c` settings laid on raw suite values. The key must exist; `*` matches within one part.
+
+    `option_names` gives, per row, the options its method knows, as dotted names: they may be set although the
+    suite does not mention them.
+    """
+    changed = typing.cast(Json, json.loads(json.dumps(values)))
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--set {setting}: write it as dotted.key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {setting}: the value is not valid YAML") from error
+        known = _known_keys(parse_suite(changed, "suite"), option_names)
+        targets = [name for name in known if _matches(name, key)]
+        if not targets:
+            raise ConfigError(f"--set {setting}: no key {key!r}{_near_key(key, known)}")
+        for target in targets:
+            _assign(changed, target.split("."), value)
+    return changed
+
+
+def _known_keys(suite: Suite, option_names: Mapping[str, Sequence[str]]) -> list[str]:
+    keys: list[str] = []
+
+    def walk(prefix: str, value: Any) -> None:
+        keys.append(prefix)
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                walk(f"{prefix}.{name}" if prefix else name, inner)
+
+    for name, value in suite.model_dump(mode="json").items():
+        walk(name, value)
+    for row, names in option_names.items():
+        keys.extend(f"methods.{row}.options.{name}" for name in names)
+    return list(dict.fromkeys(keys))
+
+
+def _matches(name: str, pattern: str) -> bool:
+    names, patterns = name.split("."), pattern.split(".")
+    return len(names) == len(patterns) and all(map(fnmatch.fnmatchcase, names, patterns))
+
+
+def _near_key(key: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else "; `lmd-bench show SUITE` lists all keys"
+
+
+def _assign(values: Json, parts: list[str], value: Any) -> None:
+    for part in parts[:-1]:
+        inner = values.get(part)
+        if not isinstance(inner, dict):
+            inner = {}
+            values[part] = inner
+        values = inner
+    values[parts[-1]] = value
+
+
+# -- the suite beside its records -------------------------------------------------------------------------------------
+
+SUITE_FILE = "suite.yaml"
+
+
+def save_suite(folder: Path, suite: Suite, *, keep: bool = False) -> None:
+    """Write the resolved suite into its folder of records; `keep` leaves one that is there."""
+    path = folder / SUITE_FILE
+    if keep and path.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(yaml.safe_dump(suite.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    temporary.replace(path)
+
+
+def find_suites(folder: Path) -> list[tuple[Path, Suite]]:
+    """(folder, suite) for OUT/<suite>, or for every suite in an OUT. Raises ConfigError where there is none."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; give the --out of a run, or OUT/<suite>")
+    places = [folder] if (folder / SUITE_FILE).exists() else sorted(p.parent for p in folder.glob(f"*/{SUITE_FILE}"))
+    if not places:
+        raise ConfigError(f"{folder}: holds no records of lmd-bench ({SUITE_FILE} is missing)")
+    return [(place, load_suite(str(place / SUITE_FILE))) for place in places]

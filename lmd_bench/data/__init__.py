@@ -1,0 +1,1 @@
+"""Where images come from: generated scenes and folders of the user's own."""

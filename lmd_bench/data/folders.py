@@ -1,0 +1,280 @@
+"""Folders of the user's own images: what is there, which images train and which are held out. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from lmd_bench.config import DataConfig
+from lmd_bench.data._seeds import derive_seed
+from lmd_bench.data.decode import EXTENSIONS, ImageFileError, decode
+from lmd_bench.errors import DataError
+
+CHECK_ALL_UP_TO = 5_000
+"""Folders with at most this many images have every file decoded once before anything runs."""
+CHECK_SAMPLE = 2_000
+"""Larger folders: this many files, chosen by the seed, and all held-out ones."""
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class FolderIndex:
+    """What a scan found. Paths are relative to `root`, with forward slashes."""
+
+    root: Path
+    layout: str
+    """ "train and val", "class folders" or "flat"."""
+    classes: tuple[str, ...] | None
+    """Names of the class folders, sorted; None where images lie side by side without classes."""
+    train: tuple[str, ...]
+    """Training images in sorted order."""
+    train_labels: tuple[int, ...] | None
+    """Index into `classes` for each training image."""
+    held_out: tuple[str, ...]
+    """In the yardstick's order: its first n are the same images however many are held out."""
+    num_checked: int
+    """Files that were decoded during the scan."""
+    skipped: tuple[tuple[str, str], ...]
+    """(path, reason) of the unusable files among those; they are left out."""
+
+    @property
+    def num_train(self) -> int:
+        return len(self.train)
+
+    @property
+    def num_classes(self) -> int | None:
+        return None if self.classes is None else len(self.classes)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the names of training and held-out images, 16 hex digits. Contents are not read."""
+        text = "\0".join((*self.train, "", *self.held_out))
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+    def warning(self) -> str | None:
+        """One line that counts and names the files left out; None where there are none."""
+        if not self.skipped:
+            return None
+        return (
+            f"--data {self.root}: left out {len(self.skipped)} of {self.num_checked} images looked at: "
+            f"{describe_faults(dict(self.skipped))}"
+        )
+
+
+def scan_folder(path: str | os.PathLike[str], data: DataConfig) -> FolderIndex:
+    """Look through a folder of images: find, check, split.
+
+    Layouts: class folders (torchvision's ImageFolder), `train/` and `val/` with either inside, or flat. With `val/`
+    the held-out images come from there, otherwise from the images themselves (at most a quarter of them); which ones
+    depends on `data.seed` and the names only. Up to CHECK_ALL_UP_TO images are all decoded once; of more, the held-out
+    ones and a sample. Unusable files are left out. Raises DataError where the folder cannot be used, or where more
+    than one file and more than 1 % of those looked at are unusable.
+    """
+    root, place = Path(path), f"--data {os.fspath(path)}"
+    images = _find_images(root, place)
+    prefix, val_prefix = _layout(images)
+    train = [p for p in images if p.startswith(prefix)]
+    val = [p for p in images if val_prefix is not None and p.startswith(val_prefix)]
+    inspection = _Inspection(root, place)
+    inspection.look_at(_sample(train + val, data.seed))
+    held_out = _choose_held_out(val if val_prefix is not None else train, val_prefix is None, data, inspection)
+    inspection.require_few_faults()
+    left = set(held_out) | inspection.faults.keys()
+    train = _choose_train([p for p in train if p not in left], data, place)
+    classes = _classes(train, prefix)
+    return FolderIndex(
+        root=root,
+        layout="train and val" if val_prefix is not None else "flat" if classes is None else "class folders",
+        classes=classes,
+        train=tuple(train),
+        train_labels=_labels(train, prefix, classes),
+        held_out=tuple(held_out),
+        num_checked=len(inspection.checked),
+        skipped=tuple(sorted(inspection.faults.items())),
+    )
+
+
+def require_batch(place: str, num_train: int, batch_size: int) -> None:
+    """Raise DataError where `num_train` images do not fill one batch."""
+    if num_train < batch_size:
+        raise DataError(
+            f"{place}: {num_train} training images do not fill one batch of {batch_size}; "
+            "use more images or lower the recipe's batch_size"
+        )
+
+
+def too_many_faults(num_faults: int, num_images: int) -> bool:
+    """The tolerance for unusable files: one file, or one in a hundred where that is more."""
+    return num_faults > max(1.0, 0.01 * num_images)
+
+
+def describe_faults(faults: Mapping[str, str]) -> str:
+    """The first few of {path: reason} in words: "a.jpg (truncated), b.png (...) and 3 more"."""
+    named = [f"{path} ({reason})" for path, reason in sorted(faults.items())[:_NAMED]]
+    more = len(faults) - len(named)
+    return ", ".join(named) + (f" and {more} more" if more else "")
+
+
+# -- finding ----------------------------------------------------------------------------------------------------------
+
+
+def _find_images(root: Path, place: str) -> list[str]:
+    """Relative paths of all image files, sorted; hidden files and folders are passed over, links are followed."""
+    if not root.exists():
+        raise DataError(f"{place}: no such folder")
+    if not root.is_dir():
+        raise DataError(f"{place}: a file, not a folder; give the folder that holds the images")
+    images: list[str] = []
+    others: Counter[str] = Counter()
+    for relative in _walk(root, place):
+        extension = relative.rpartition("/")[2].rpartition(".")[2].lower() if "." in relative else ""
+        if extension in EXTENSIONS:
+            images.append(relative)
+        else:
+            others[f".{extension}" if extension else "no extension"] += 1
+    if not images:
+        raise DataError(f"{place}: {_what_else(others)}; {_REMEDY}")
+    return sorted(images)
+
+
+_REMEDY = f"put images ({', '.join(sorted(EXTENSIONS))}) there, flat or in one subfolder for each class"
+
+
+def _what_else(others: Counter[str]) -> str:
+    if not others:
+        return "the folder is empty"
+    kinds = ", ".join(f"{kind} ({count})" for kind, count in others.most_common(_NAMED))
+    return f"no images among its {others.total()} files: {kinds}"
+
+
+def _walk(root: Path, place: str) -> Iterator[str]:
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{place}: {error.filename} cannot be read: {(error.strerror or str(error)).lower()}")
+
+    entered: set[str] = set()  # real paths, so that a link to a parent does not lead round for ever
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=refuse):
+        real = os.path.realpath(folder)
+        if real in entered:
+            subfolders.clear()
+            continue
+        entered.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        inside = Path(folder).relative_to(root)
+        for name in files:
+            if not name.startswith("."):
+                yield (inside / name).as_posix()
+
+
+# -- layout -----------------------------------------------------------------------------------------------------------
+
+
+def _layout(images: Sequence[str]) -> tuple[str, str | None]:
+    """(prefix of the training images, prefix of the held-out images or None)."""
+    tops = {path.partition("/")[0] if "/" in path else "" for path in images}
+    if {"train", "val"} <= tops:
+        return "train/", "val/"
+    return ("train/" if tops == {"train"} else ""), None
+
+
+def _classes(train: Sequence[str], prefix: str) -> tuple[str, ...] | None:
+    inside = [path[len(prefix) :] for path in train]
+    if not all("/" in path for path in inside):
+        return None
+    return tuple(sorted({path.partition("/")[0] for path in inside}))
+
+
+def _labels(train: Sequence[str], prefix: str, classes: tuple[str, ...] | None) -> tuple[int, ...] | None:
+    if classes is None:
+        return None
+    number = {name: index for index, name in enumerate(classes)}
+    return tuple(number[path[len(prefix) :].partition("/")[0]] for path in train)
+
+
+# -- choosing ---------------------------------------------------------------------------------------------------------
+
+
+def _first_by_hash(paths: Sequence[str], count: int, purpose: str, seed: int) -> list[str]:
+    """The `count` paths that come first in an order drawn from the seed and each path alone."""
+    return heapq.nsmallest(count, paths, key=lambda path: (derive_seed(purpose, seed, path), path))
+
+
+def _sample(paths: Sequence[str], seed: int) -> Sequence[str]:
+    return paths if len(paths) <= CHECK_ALL_UP_TO else _first_by_hash(paths, CHECK_SAMPLE, "check", seed)
+
+
+def _choose_held_out(paths: Sequence[str], from_train: bool, data: DataConfig, inspection: _Inspection) -> list[str]:
+    """The held-out images, every one of them decoded once; unusable ones give way to the next."""
+    while True:
+        usable = [path for path in paths if path not in inspection.faults]
+        allowed = len(usable) // 4 if from_train else len(usable)
+        if data.num_held_out > allowed:
+            inspection.require_few_faults()
+            source = "a quarter may be held out" if from_train else "val/ holds no more"
+            raise DataError(
+                f"{inspection.place}: data.num_held_out asks for {data.num_held_out} of {len(usable)} usable images, "
+                f"but only {allowed} can be given ({source}); add images or lower data.num_held_out and "
+                "evaluation.num_images"
+            )
+        chosen = _first_by_hash(usable, data.num_held_out, "held-out", data.seed)
+        if not inspection.look_at(chosen):
+            return chosen
+
+
+def _choose_train(usable: Sequence[str], data: DataConfig, place: str) -> list[str]:
+    if not usable:
+        raise DataError(f"{place}: no usable training images; {_REMEDY}")
+    if data.num_train is None:
+        return list(usable)
+    if data.num_train > len(usable):
+        raise DataError(
+            f"{place}: data.num_train asks for {data.num_train} images, {len(usable)} can be trained on; "
+            "lower it, or leave it out to take all"
+        )
+    return sorted(_first_by_hash(usable, data.num_train, "train", data.seed))
+
+
+# -- checking ---------------------------------------------------------------------------------------------------------
+
+
+class _Inspection:
+    """Decodes files once and remembers which are unusable."""
+
+    def __init__(self, root: Path, place: str) -> None:
+        self.place = place
+        self.checked: set[str] = set()
+        self.faults: dict[str, str] = {}
+        self._root = root
+
+    def look_at(self, paths: Sequence[str]) -> bool:
+        """Decode those not seen before; True where a new fault was found."""
+        new = [path for path in paths if path not in self.checked]
+        workers = min(8, os.cpu_count() or 1)  # decoding releases the interpreter lock
+        with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
+            warnings.simplefilter("ignore")
+            reasons = list(pool.map(self._fault, new))
+        self.checked.update(new)
+        found = {path: reason for path, reason in zip(new, reasons, strict=True) if reason is not None}
+        self.faults.update(found)
+        return bool(found)
+
+    def _fault(self, path: str) -> str | None:
+        try:
+            decode(self._root / path)
+        except ImageFileError as fault:
+            return fault.reason
+        return None
+
+    def require_few_faults(self) -> None:
+        """Raise DataError where more files are unusable than can be passed over."""
+        if too_many_faults(len(self.faults), len(self.checked)):
+            raise DataError(
+                f"{self.place}: {len(self.faults)} of {len(self.checked)} images looked at cannot be used "
+                f"(more than 1 %): {describe_faults(self.faults)}; repair or remove them"
+            )

@@ -1,0 +1,94 @@
+"""The common yardstick: at fixed points, off the clock, every method fills the same hidden parts of the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lmd_bench.config import EvaluationConfig
+from lmd_bench.data.yardstick import fill_mean_visible, hide, paste, yardstick_masks
+from lmd_bench.errors import TrainingError
+from lmd_bench.harness.seeding import reseed
+from lmd_bench.method import Method
+from lmd_bench.metrics.image import psnr_hidden, ssim
+from lmd_bench.records import Check, Yardstick
+
+Filler = Callable[[Tensor, Tensor], Tensor | None]
+
+
+class YardstickRunner:
+    """Measures one method on fixed held-out images under fixed masks.
+
+    The runner, not the method, hides pixels (they are zero when the method sees them) and pastes the visible ones
+    back. PSNR is over hidden pixels, SSIM over the composite; both are means over images.
+    """
+
+    def __init__(self, images: Tensor, config: EvaluationConfig, seed: int, device: torch.device) -> None:
+        """`images` (N, 3, S, S) uint8."""
+        self._images = images
+        self._config = config
+        self._seed = seed
+        self._device = device
+        self._masks = yardstick_masks(len(images), images.shape[-1], config.unit_px, config.keep)
+        self.checks: list[Check] = []
+
+    def check(self, method: Method, step: int, train_s: float) -> Check:
+        """Measure now; the result is kept in `checks`."""
+        psnr, similarity = self._measure(method, lambda images, mask: method.reconstruct(hide(images, mask), mask))
+        result = Check(step=step, train_s=train_s, psnr_db=psnr, ssim=similarity, num_images=len(self._images))
+        self.checks.append(result)
+        return result
+
+    def summary(self, method: Method) -> Yardstick:
+        """All checks, and beside them the floor (mean colour), the projector's ceiling and the latent leak."""
+        floor = self._psnr(method, lambda images, mask: fill_mean_visible(images, mask))
+        ceiling = self._psnr(method, lambda images, mask: method.round_trip(images))
+        leaking = self._psnr(method, lambda images, mask: method.reconstruct_leaking(images, mask))
+        return Yardstick(
+            image_size=self._images.shape[-1],
+            unit_px=self._config.unit_px,
+            checks=self.checks,
+            own_mask=method.mask_pattern,
+            function_evaluations=method.num_function_evaluations,
+            projector=method.projector_name,
+            ceiling_psnr_db=ceiling,
+            latent_leak_db=leaking - self.checks[-1].psnr_db if leaking is not None and self.checks else None,
+            mean_colour_psnr_db=floor,
+        )
+
+    def _psnr(self, method: Method, fill: Filler) -> float | None:
+        with torch.no_grad():
+            if fill(*self._chunk(0, 1)) is None:
+                return None
+        return self._measure(method, fill)[0]
+
+    @torch.no_grad()
+    def _measure(self, method: Method, fill: Filler) -> tuple[float, float]:
+        """Mean PSNR over hidden pixels and mean SSIM of the composite."""
+        was_training = method.training
+        method.eval()
+        psnrs, similarities = [], []
+        for start in range(0, len(self._images), self._config.batch_size):
+            images, mask = self._chunk(start, start + self._config.batch_size)
+            reseed(self._device, self._seed, "yardstick", start)
+            filled = fill(images, mask)
+            if filled is None or filled.shape != images.shape or not bool(torch.isfinite(filled).all()):
+                raise TrainingError("the reconstruction of held-out images is missing, misshapen or not finite")
+            composite = paste(filled, images, mask)
+            psnrs.append(psnr_hidden(composite, images, mask))
+            similarities.append(ssim(composite, images))
+        method.train(was_training)
+        return float(torch.cat(psnrs).mean()), float(torch.cat(similarities).mean())
+
+    def _chunk(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        images = self._images[start:end].to(self._device).float() / 255
+        return images, self._masks[start:end].to(self._device)
+
+
+def check_steps(config: EvaluationConfig, steps: int) -> list[int]:
+    """Steps after which the yardstick is read: 0 and `num_checks` points evenly over the run, the last one included."""
+    if config.num_checks == 0:
+        return []
+    return sorted({0, *(round(steps * (i + 1) / config.num_checks) for i in range(config.num_checks))})

@@ -1,0 +1,268 @@
+"""One cell from its settings to its record: seed -> data -> method -> train (timed) -> evaluate -> record."""
+
+from __future__ import annotations
+
+import datetime
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lmd_bench.config import RunConfig
+from lmd_bench.data.source import BatchSource, open_source
+from lmd_bench.errors import BenchError
+from lmd_bench.harness.evaluate import YardstickRunner, check_steps
+from lmd_bench.harness.instrument import measure_instrument
+from lmd_bench.harness.loop import Trainer, TrainOptions, TrainResult
+from lmd_bench.harness.plan import Cell, Plan
+from lmd_bench.harness.seeding import reseed
+from lmd_bench.harness.timer import StepTimes, clock_for
+from lmd_bench.method import DataSpec, Method
+from lmd_bench.metrics.cost import PeakMemory, count_step_flops
+from lmd_bench.metrics.efficiency import EstimatorConfig, measure_run
+from lmd_bench.records import PHASES, STEP_COLUMNS, Cost, Phases, RunRecord, StepWriter, Timing, write_json
+
+
+class Watcher(Protocol):
+    """Who is told how a cell gets on; `cli` shows it."""
+
+    def began(self, config: RunConfig) -> None: ...
+
+    def trained(self, step: int, loss: float, mask_ratio: float | None, steps_per_s: float) -> None: ...
+
+    def checked(self, step: int, psnr_db: float) -> None: ...
+
+    def ended(self, record: RunRecord) -> None: ...
+
+
+@dataclass
+class DataShelf:
+    """Data sources already made, so that rows with the same data and augmentation share them."""
+
+    plan: Plan
+    _sources: dict[str, BatchSource] = field(default_factory=dict)
+
+    def source(self, config: RunConfig) -> BatchSource:
+        """The source for a cell's images and augmentation."""
+        key = f"{config.image_size} {config.recipe.augmentation}"
+        if key not in self._sources:
+            self._sources[key] = open_source(
+                config.data,
+                config.image_size,
+                config.recipe.augmentation,
+                torch.device(config.device),
+                index=self.plan.folder_index,
+            )
+        return self._sources[key]
+
+    def close(self) -> None:
+        for source in self._sources.values():
+            source.close()
+
+
+def build_method(config: RunConfig, method: type[Method], num_classes: int | None) -> Method:
+    """The method on its device, weights drawn from the cell's seed."""
+    device = torch.device(config.device)
+    reseed(device, config.seed, "weights")
+    options = method.Config.model_validate(config.options)
+    return method(options, DataSpec(config.image_size, num_classes)).to(device).train()
+
+
+def execute(
+    cell: Cell, shelf: DataShelf, *, command: str, environment: Mapping[str, Any], watcher: Watcher
+) -> RunRecord:
+    """Run one cell and write its record. What fails inside the cell becomes a record with status "failed"."""
+    config = cell.config
+    started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    (cell.folder / "record.json").unlink(missing_ok=True)
+    watcher.began(config)
+    base = RunRecord(
+        suite=config.suite,
+        row=config.row,
+        label=config.label,
+        method=config.method,
+        seed=config.seed,
+        status="finished",
+        config=config.model_dump(mode="json"),
+        config_hash=config.digest(),
+        command=command,
+        started_at=started_at,
+        environment=dict(environment),
+        num_steps=config.steps,
+    )
+    writer = StepWriter(cell.folder / "steps.csv")
+    try:
+        record = _measure(cell, shelf, base, writer, watcher)
+    except Exception as error:  # one cell's failure must not take the others with it; it is recorded and reported
+        record = base.model_copy(update={"status": "failed", "error": _one_line(error)})
+        if not isinstance(error, BenchError):
+            (cell.folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+    finally:
+        writer.close()
+    write_json(cell.folder / "record.json", record)
+    watcher.ended(record)
+    return record
+
+
+def _one_line(error: Exception) -> str:
+    text = _shortened(error)
+    return text if isinstance(error, BenchError) else f"{type(error).__name__}: {text} (details: error.txt)"
+
+
+def _shortened(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:500]
+
+
+def _measure(cell: Cell, shelf: DataShelf, base: RunRecord, writer: StepWriter, watcher: Watcher) -> RunRecord:
+    config = cell.config
+    device = torch.device(config.device)
+    source = shelf.source(config)
+    method = build_method(config, cell.method, source.num_classes)
+    source = source.with_collate(method.collate)
+    not_measured: dict[str, str] = {}
+    flops = _count_flops(method, config, not_measured)
+    yardstick = _yardstick(method, config, source, device, not_measured)
+    clock = clock_for(device)
+    options = TrainOptions(
+        recipe=config.recipe,
+        steps=config.steps,
+        lr_warmup_steps=config.lr_warmup_steps,
+        untimed_steps=config.untimed_steps,
+        seed=config.seed,
+        device=device,
+        precision=config.precision,
+        compile=config.compile,
+        log_every_steps=config.log_every_steps,
+        check_steps=frozenset(check_steps(config.evaluation, config.steps)) if yardstick else frozenset(),
+    )
+    trainer = Trainer(method, source, options, clock)
+    rows: list[tuple[object, ...]] = []
+
+    def on_rows(new: Any) -> None:
+        writer.append(new)
+        rows.extend(row for row in new if row[1])
+
+    def on_check(step: int, train_s: float) -> None:
+        if yardstick is not None:
+            watcher.checked(step, yardstick.check(method, step, train_s).psnr_db)
+
+    memory = PeakMemory(device)
+    memory.reset()
+    result = trainer.run(on_rows, on_check, watcher.trained)
+    peak = memory.peak_bytes()
+    with trainer.averaged():
+        summary = yardstick.summary(method) if yardstick else None
+    instrument_us = measure_instrument(clock, config.log_every_steps)
+    notes = [] if result.wall.valid else [f"invalid: {result.wall.residual_share:.2%} of the wall time is missing"]
+    return base.model_copy(
+        update={
+            "timing": _timing(result, instrument_us),
+            "phases": mean_phases(result.times),
+            "cost": Cost(
+                parameters=sum(p.numel() for p in method.parameters()),
+                trainable_parameters=sum(p.numel() for p in method.parameters() if p.requires_grad),
+                projector_parameters=_projector_parameters(method),
+                flops_per_step=flops,
+                peak_memory_bytes=peak,
+                peak_memory_kind=memory.kind,
+                recompilations=result.recompilations,
+            ),
+            "efficiency": _efficiency(result, rows, config),
+            "yardstick": summary,
+            "not_measured": not_measured,
+            "data": source.describe(),
+            "notes": notes + source_notes(source),
+        }
+    )
+
+
+def _count_flops(method: Method, config: RunConfig, not_measured: dict[str, str]) -> int | None:
+    try:
+        return count_step_flops(method, config.recipe.batch_size, config.steps)
+    except (NotImplementedError, RuntimeError) as error:
+        not_measured["flops_per_step"] = f"no FLOPs: the step does not run on the meta device: {_shortened(error)}"
+        return None
+
+
+def _yardstick(
+    method: Method, config: RunConfig, source: BatchSource, device: torch.device, not_measured: dict[str, str]
+) -> YardstickRunner | None:
+    if config.evaluation.num_checks == 0:
+        not_measured["yardstick"] = "turned off (evaluation.num_checks: 0)"
+        return None
+    obstacle = type(method).yardstick_obstacle(type(method).Config.model_validate(config.options))
+    if obstacle is not None:
+        not_measured["yardstick"] = obstacle
+        return None
+    images: Tensor = source.held_out(config.evaluation.num_images)
+    return YardstickRunner(images, config.evaluation, config.seed, device)
+
+
+def _timing(result: TrainResult, instrument_us: float) -> Timing:
+    return Timing(
+        train_s=result.wall.train_s,
+        pauses_s=result.wall.pauses_s,
+        wall_s=result.wall.wall_s,
+        residual_share=result.wall.residual_share,
+        valid=result.wall.valid,
+        untimed_s=result.untimed_s,
+        compile_s=result.compile_s,
+        instrument_us_per_step=instrument_us,
+    )
+
+
+def mean_phases(times: list[StepTimes]) -> Phases:
+    """Means over steps, and the shares of the mean period."""
+    period = sum(step.period_ms for step in times) / len(times)
+    means = [sum(step.phases_ms[i] for step in times) / len(times) for i in range(len(PHASES))]
+    by_name = dict(zip(PHASES, means, strict=True))
+    busy = sum(by_name.values()) - by_name["data"]
+    return Phases(
+        **{f"{name}_ms": value for name, value in by_name.items()},
+        stall_share=(period - busy) / period,
+        projector_share=by_name["projector"] / period,
+    )
+
+
+def _projector_parameters(method: Method) -> int:
+    projector = getattr(method, "projector", None)
+    return sum(p.numel() for p in projector.parameters()) if isinstance(projector, torch.nn.Module) else 0
+
+
+def _efficiency(result: TrainResult, rows: list[tuple[object, ...]], config: RunConfig) -> dict[str, Any]:
+    values = config.estimator
+    estimator = EstimatorConfig(
+        headline=values.headline,
+        delta=values.delta,
+        levels=values.levels,
+        grid_step=values.grid_step,
+        half_life_steps=values.half_life_steps,
+        num_resamples=values.num_resamples,
+        confidence=values.confidence,
+    )
+    return measure_run(
+        loss=result.losses,
+        period_ms=[step.period_ms for step in result.times],
+        tokens=_column(rows, "tokens"),
+        mask_ratio=_column(rows, "mask_ratio"),
+        config=estimator,
+        seed=config.seed,
+    ).to_dict()
+
+
+def _column(rows: list[tuple[object, ...]], name: str) -> list[float] | None:
+    """A column of the rows as numbers, None where any is missing."""
+    values = [row[STEP_COLUMNS.index(name)] for row in rows]
+    numbers = [float(value) for value in values if isinstance(value, int | float)]
+    return numbers if len(numbers) == len(values) else None
+
+
+def source_notes(source: BatchSource) -> list[str]:
+    """What the data has to say for itself, such as files it could not read."""
+    facts = source.describe()
+    names = [*facts.get("skipped", []), *facts.get("unreadable_in_training", [])]
+    count = facts.get("num_skipped", 0) + facts.get("num_unreadable_in_training", 0)
+    return [f"{count} image files could not be used: {', '.join(names[:5])}"] if count else []

@@ -1,0 +1,272 @@
+"""The only training loop. It owns backward, precision, clipping, averaging and timing, the same for every method."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lmd_bench.config import RecipeConfig
+from lmd_bench.errors import TrainingError
+from lmd_bench.harness.optim import WeightAverage, build_optimizer, clip_gradients, lr_at, set_lr
+from lmd_bench.harness.seeding import reseed
+from lmd_bench.harness.timer import Clock, StepTimer, StepTimes, WallCheck
+from lmd_bench.method import Batch, Method, StepOutput
+
+
+class Batches(Protocol):
+    """What the loop needs of a data source."""
+
+    def batches(self, batch_size: int, seed: int, start_step: int = 1) -> Generator[Batch, None, None]: ...
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How one run is trained. All values are explicit."""
+
+    recipe: RecipeConfig
+    steps: int
+    lr_warmup_steps: int
+    untimed_steps: int
+    seed: int
+    device: torch.device
+    precision: str = "fp32"
+    compile: bool = False
+    log_every_steps: int = 50
+    check_steps: frozenset[int] = frozenset()
+    """Steps after which (0: before the first) `on_check` is called, off the clock."""
+
+
+@dataclass
+class TrainResult:
+    """What the loop measured."""
+
+    losses: list[float]
+    times: list[StepTimes]
+    wall: WallCheck
+    untimed_s: float
+    compile_s: float | None
+    recompilations: int | None
+
+
+RowSink = Callable[[Sequence[tuple[object, ...]]], None]
+"""Takes finished rows in the order of `records.STEP_COLUMNS`."""
+
+
+class Trainer:
+    """Trains one method once."""
+
+    def __init__(self, method: Method, source: Batches, options: TrainOptions, clock: Clock) -> None:
+        self.method = method
+        self.source = source
+        self.options = options
+        self.clock = clock
+        self.optimizer = build_optimizer(method, options.recipe)
+        decay = options.recipe.ema_decay
+        self.average = WeightAverage(method, decay) if decay is not None else None
+        self._trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._losses = torch.zeros(options.log_every_steps, device=options.device)
+
+    def run(
+        self,
+        on_rows: RowSink,
+        on_check: Callable[[int, float], None],
+        on_log: Callable[[int, float, float | None, float], None],
+    ) -> TrainResult:
+        """Warm up on restored state, then train `steps` steps, all measured.
+
+        `on_rows` gets rows for `steps.csv`; `on_check(step, train_s)` and `on_log(step, loss, mask_ratio,
+        steps_per_s)` are called off the clock. Raises TrainingError at a loss that is not finite.
+        """
+        options = self.options
+        if options.compile:
+            compile_method(self.method, options.steps)
+        untimed_s, compile_s = self._warm_up(on_rows)
+        timer = StepTimer(self.clock)
+        with closing(self.source.batches(options.recipe.batch_size, options.seed)) as batches:
+            upcoming = next(batches)  # data workers start and fetch before the clock does
+            timer.start()
+            if 0 in options.check_steps:
+                with timer.pause("evaluation"):
+                    on_check(0, 0.0)
+            losses: list[float] = []
+            unread: list[StepOutput] = []
+            for step in range(1, options.steps + 1):
+                output = self._step(step, upcoming if step == 1 else None, batches, timer, len(unread))
+                unread.append(output)
+                timer.read()
+                if len(unread) == options.log_every_steps or step == options.steps:
+                    with timer.pause("log"):
+                        losses.extend(self._write(step, unread, timer.times, on_rows))
+                        recent = timer.times[-len(unread) :]
+                        rate = len(recent) / max(1e-9, sum(t.period_ms for t in recent) / 1e3)
+                        on_log(step, losses[-1], _host(unread[-1].scalars.get("mask_ratio")), rate)
+                    unread = []
+                if step in options.check_steps:
+                    with timer.pause("evaluation"), self.averaged():
+                        on_check(step, timer.train_s)
+            wall = timer.stop()
+        return TrainResult(
+            losses, timer.times, wall, untimed_s, compile_s, count_recompilations() if options.compile else None
+        )
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The weights that are evaluated: the moving average where the recipe keeps one."""
+        return self.average.applied() if self.average is not None else nullcontext()
+
+    def _step(
+        self, step: int, ready: Batch | None, batches: Iterator[Batch], timer: StepTimer, slot: int
+    ) -> StepOutput:
+        """One optimizer step with its marks. The loss goes into the device buffer at `slot`."""
+        options = self.options
+        reseed(options.device, options.seed, "step", step)
+        batch = ready if ready is not None else next(batches)
+        timer.mark()
+        inputs = self.method.prepare(batch)
+        timer.mark()
+        with autocast(options.device, options.precision):
+            output = self.method.training_step(inputs, step=step, total_steps=options.steps)
+        timer.mark()
+        output.loss.backward()
+        timer.mark()
+        if options.recipe.clip_grad_norm is not None:
+            clip_gradients(self._trainable, options.recipe.clip_grad_norm)
+        set_lr(self.optimizer, self._lr(step))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update()
+        self._losses[slot] = output.loss.detach()
+        timer.end_step()
+        return StepOutput(output.loss.detach(), output.scalars)
+
+    def _lr(self, step: int) -> float:
+        return lr_at(self.options.recipe, step, self.options.steps, self.options.lr_warmup_steps)
+
+    def _write(
+        self, last_step: int, outputs: list[StepOutput], times: list[StepTimes], on_rows: RowSink
+    ) -> list[float]:
+        """Fetch the losses of the latest steps, write their rows, and stop at one that is not finite."""
+        losses = [float(value) for value in self._losses[: len(outputs)].cpu()]
+        first = last_step - len(outputs) + 1
+        rows = []
+        for offset, (loss, output) in enumerate(zip(losses, outputs, strict=True)):
+            rows.append(self._row(first + offset, True, loss, output, times[first + offset - 1]))
+            if not math.isfinite(loss):
+                on_rows(rows)
+                raise TrainingError(f"step {first + offset}: the loss is {loss}; try a lower learning rate or fp32")
+        on_rows(rows)
+        return losses
+
+    def _row(self, step: int, timed: bool, loss: float, output: StepOutput, times: StepTimes) -> tuple[object, ...]:
+        """One line of `steps.csv`. An untimed step is written under the number -k..-1."""
+        mask_ratio, tokens = (_host(output.scalars.get(name)) for name in ("mask_ratio", "tokens"))
+        lr = self._lr(step) if timed else None
+        return (step, int(timed), loss, mask_ratio, tokens, lr, times.period_ms, *times.phases_ms)
+
+    def _warm_up(self, on_rows: RowSink) -> tuple[float, float | None]:
+        """Run the untimed steps, then put every weight and the optimizer back as they were.
+
+        The steps are taken from all over the schedule, so that every length of the encoder's input has been seen
+        (all of them when compiling). Returns their seconds and, of these, compilation's.
+        """
+        schedule = untimed_schedule(self.method, self.options)
+        if not schedule:
+            return 0.0, None
+        saved = _trained_state(self.method)
+        outputs, times, wall_s = self.time_steps(schedule)
+        on_rows(
+            [
+                self._row(number - len(schedule), False, float(output.loss), output, step_times)
+                for number, (output, step_times) in enumerate(zip(outputs, times, strict=True))
+            ]
+        )
+        self.method.load_state_dict(saved, strict=False)
+        self.optimizer = build_optimizer(self.method, self.options.recipe)
+        if self.average is not None:
+            self.average = WeightAverage(self.method, self.options.recipe.ema_decay or 0.0)
+        compile_s = None
+        if self.options.compile:
+            periods = sorted(step_times.period_ms for step_times in times)
+            compile_s = wall_s - len(periods) * periods[len(periods) // 2] / 1e3
+        return wall_s, compile_s
+
+    def time_steps(
+        self, schedule: Sequence[int], marked: Sequence[bool] | None = None
+    ) -> tuple[list[StepOutput], list[StepTimes], float]:
+        """Take one optimizer step for each position of the schedule; the weights go on changing.
+
+        `marked` says for which of them the inner marks are on (default: all). Returns outputs, times and the wall
+        seconds of the whole.
+        """
+        timer = StepTimer(self.clock)
+        outputs: list[StepOutput] = []
+        with closing(self.source.batches(self.options.recipe.batch_size, self.options.seed)) as batches:
+            upcoming = next(batches)
+            timer.start()
+            for count, step in enumerate(schedule):
+                timer.inner_marks = marked is None or marked[count]
+                outputs.append(self._step(step, upcoming if count == 0 else None, batches, timer, 0))
+            wall = timer.stop()
+        return outputs, timer.times, wall.wall_s
+
+
+def untimed_schedule(method: Method, options: TrainOptions) -> list[int]:
+    """Which steps of the schedule the untimed steps stand for: spread evenly, first and last included.
+
+    When compiling, the first step of every different token count comes on top, so that no shape is new later.
+    """
+    count = options.untimed_steps
+    if count == 0 and not options.compile:
+        return []
+    spread = [1 + round(i * (options.steps - 1) / max(1, count - 1)) for i in range(count)]
+    if not options.compile:
+        return spread
+    firsts: dict[int | None, int] = {}
+    for step in range(1, options.steps + 1):
+        firsts.setdefault(method.num_tokens_at(step, options.steps), step)
+    return [*firsts.values(), *spread]
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """bf16 autocast, or nothing for fp32."""
+    if precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def compile_method(method: Method, steps: int) -> None:
+    """Compile the method's own networks in place; shapes that change along the schedule become dynamic.
+
+    The limit on recompilations is lifted to what the schedule can ask for: beyond it torch falls back to eager
+    execution without a word, and the run would be timed as something it is not.
+    """
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for module in method.compiled_modules():
+        module.compile()
+
+
+def count_recompilations() -> int:
+    """Graphs compiled since `compile_method`."""
+    import torch._dynamo
+
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def _trained_state(method: Method) -> dict[str, Tensor]:
+    """Copies of everything training changes: trainable parameters and buffers, not the frozen projector."""
+    frozen = {name for name, parameter in method.named_parameters() if not parameter.requires_grad}
+    return {name: value.detach().clone() for name, value in method.state_dict().items() if name not in frozen}
+
+
+def _host(value: Tensor | float | None) -> float | None:
+    return None if value is None else float(value)

@@ -1,0 +1,104 @@
+"""Recipes turned into optimizers, learning rates and moving averages: the same code for every method."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmd_bench.config import OptimizerConfig, RecipeConfig
+from lmd_bench.method import Method
+
+
+def build_optimizer(method: Method, recipe: RecipeConfig) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the method's own parameter groups. The learning rate is set anew at every step."""
+    config = recipe.optimizer
+    groups = method.param_groups(config.weight_decay)
+    if config.name == "adan":
+        from timm.optim.adan import Adan
+
+        adan: torch.optim.Optimizer = Adan(
+            groups, lr=peak_lr(recipe), betas=_three(config), eps=config.eps, foreach=_adan_foreach(config, groups)
+        )
+        return adan
+    options: dict[str, Any] = {}
+    if config.implementation != "default":
+        options = {"foreach": config.implementation == "foreach", "fused": config.implementation == "fused"}
+    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    return kind(groups, lr=peak_lr(recipe), betas=(config.betas[0], config.betas[1]), eps=config.eps, **options)
+
+
+def _three(config: OptimizerConfig) -> tuple[float, float, float]:
+    first, second, third = config.betas
+    return first, second, third
+
+
+def _adan_foreach(config: OptimizerConfig, groups: list[dict[str, Any]]) -> bool:
+    """On a CPU Adan's loop is faster than its foreach form (0.3 against 0.5 s at 111 M parameters); on a GPU slower."""
+    if config.implementation == "default":
+        return all(parameter.is_cuda for group in groups for parameter in group["params"])
+    return config.implementation == "foreach"
+
+
+def peak_lr(recipe: RecipeConfig) -> float:
+    """The learning rate after warm-up: base x batch / per_images."""
+    scale = 1.0 if recipe.lr.per_images is None else recipe.batch_size / recipe.lr.per_images
+    return recipe.lr.base * scale
+
+
+def lr_at(recipe: RecipeConfig, step: int, total_steps: int, warmup_steps: int) -> float:
+    """Learning rate of a step (1 to total_steps): linear from exactly 0, then half a cosine, or constant.
+
+    The first step has rate 0 where there is a warm-up, as in MAE's schedule, which is evaluated before each step.
+    """
+    peak, done = peak_lr(recipe), step - 1
+    if done < warmup_steps:
+        return peak * done / warmup_steps
+    if recipe.lr.schedule == "constant":
+        return peak
+    progress = (done - warmup_steps) / max(1, total_steps - warmup_steps)
+    return recipe.lr.minimum + (peak - recipe.lr.minimum) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the rate of every group, times the group's own `lr_scale` (layer decay)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+class WeightAverage:
+    """Exponential moving average of the trainable weights, from the first step, without bias correction (DDPM)."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self._decay = decay
+        self._weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._average = [weight.detach().clone() for weight in self._weights]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        torch._foreach_lerp_(self._average, [w.detach() for w in self._weights], 1 - self._decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The module holds the averaged weights inside the block."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for weight, average in zip(self._weights, self._average, strict=True):
+            kept = weight.detach().clone()
+            weight.copy_(average)
+            average.copy_(kept)
+
+
+def clip_gradients(parameters: list[Tensor], largest_norm: float) -> None:
+    """Scale gradients so that their global norm is at most `largest_norm`; the host does not wait."""
+    torch.nn.utils.clip_grad_norm_(parameters, largest_norm)

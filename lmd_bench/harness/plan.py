@@ -1,0 +1,341 @@
+"""From a suite to cells that are known to be runnable: every problem is found here, together, before anything runs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from lmd_bench.config import (
+    AugmentationConfig,
+    DataConfig,
+    RecipeConfig,
+    RowConfig,
+    RunConfig,
+    Suite,
+    describe_validation,
+    near,
+)
+from lmd_bench.errors import BenchError, ConfigError
+from lmd_bench.records import RunRecord, cell_folder, read_run
+from lmd_bench.registry import load_method, method_name
+
+if TYPE_CHECKING:
+    from lmd_bench.data.folders import FolderIndex
+    from lmd_bench.method import Method
+
+BYTES_PER_STEP_ROW = 160
+BYTES_PER_CELL = 64 * 1024
+REPORT_BYTES = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One (row, seed), ready to run."""
+
+    config: RunConfig
+    method: type[Method]
+    folder: Path
+
+
+@dataclass
+class Plan:
+    """What a run will do."""
+
+    suite: Suite
+    out: Path
+    cells: list[Cell] = field(default_factory=list)
+    """To be run, in order: all rows of the first seed, then of the next."""
+    finished: list[Cell] = field(default_factory=list)
+    """Already on disk with the same settings: left alone."""
+    planned: dict[str, str] = field(default_factory=dict)
+    """Rows that are not built yet -> why."""
+    folder_index: FolderIndex | None = None
+    notes: list[str] = field(default_factory=list)
+    """What a user should know before it starts."""
+
+    @property
+    def disk_bytes(self) -> int:
+        """Upper estimate of what the cells and the report will write."""
+        steps = sum(cell.config.steps + cell.config.untimed_steps for cell in self.cells)
+        return steps * BYTES_PER_STEP_ROW + len(self.cells) * BYTES_PER_CELL + REPORT_BYTES
+
+
+def add_rows(values: dict[str, Any], added: Sequence[str]) -> dict[str, str]:
+    """Give every `file.py:Class` a row of its own in raw suite values, under the reference row's recipe.
+
+    Returns method name -> target.
+    """
+    names = {method_name(target): target for target in added}
+    rows = values.get("methods", {})
+    recipe = rows.get(values.get("reference"), {}).get("recipe") or next(iter(values.get("recipes", {})), "")
+    for name in names:
+        rows.setdefault(name, {"method": name, "label": name, "recipe": recipe})
+    return names
+
+
+def method_options(suite: Suite, added: Mapping[str, str], rows: Sequence[str]) -> dict[str, list[str]]:
+    """Dotted names of the options that the methods of these rows know, for `--set`. Unknown methods give none."""
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        try:
+            names[row] = _option_names(load_method(suite.methods[row].method, added).Config)
+        except (BenchError, KeyError):
+            names[row] = []
+    return names
+
+
+def _option_names(model: Any, prefix: str = "") -> list[str]:
+    from pydantic import BaseModel
+
+    names = []
+    for name, info in model.model_fields.items():
+        names.append(prefix + name)
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            names.extend(_option_names(info.annotation, f"{prefix}{name}."))
+    return names
+
+
+def select_rows(suite: Suite, methods: str | None) -> list[str]:
+    """The rows that `--methods a,b` names; None takes all that are built. Raises ConfigError for unknown ones."""
+    if methods is None:
+        return [name for name, row in suite.methods.items() if row.planned is None]
+    names = list(dict.fromkeys(part.strip() for part in methods.split(",") if part.strip()))
+    if not names:
+        raise ConfigError("--methods names no method")
+    problems = []
+    for name in names:
+        if name not in suite.methods:
+            problems.append(f"--methods: suite {suite.name} has no row {name!r}{near(name, suite.methods)}")
+        elif (reason := suite.methods[name].planned) is not None:
+            problems.append(f"--methods {name}: cannot be run: {reason}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return names
+
+
+def make_plan(
+    suite: Suite, rows: Sequence[str], *, device: str, out: Path, added: Mapping[str, str], force: bool
+) -> Plan:
+    """Check everything that can be checked without training. Raises ConfigError with all problems, one a line."""
+    problems: list[str] = []
+    plan = Plan(suite, out, planned={n: r.planned for n, r in suite.methods.items() if r.planned is not None})
+    device_name = _attempt(problems, lambda: resolve_device(device)) or "cpu"
+    _attempt(problems, lambda: _check_writable(out))
+    classes = {row: _attempt(problems, lambda row=row: load_method(suite.methods[row].method, added)) for row in rows}
+    num_train = _attempt(problems, lambda: _open_data(suite, rows, plan))
+    if suite.evaluation.num_checks and suite.evaluation.num_images > suite.data.num_held_out:
+        problems.append(
+            f"evaluation.num_images: {suite.evaluation.num_images} images, but data.num_held_out holds back only "
+            f"{suite.data.num_held_out}"
+        )
+    for seed in suite.seeds:
+        for row in rows:
+            method = classes[row]
+            if method is None or num_train is None:
+                continue
+            cell = _attempt(
+                problems, lambda row=row, seed=seed, m=method: _cell(suite, row, seed, m, device_name, num_train, plan)
+            )
+            if cell is not None:
+                _attempt(problems, lambda cell=cell: _sort_in(plan, cell, force))
+    if not problems:
+        _attempt(problems, lambda: _check_disk(plan))
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    return plan
+
+
+def _attempt(problems: list[str], action: Any) -> Any:
+    """The action's result; a BenchError is noted instead, and None returned."""
+    try:
+        return action()
+    except BenchError as error:
+        problems.append(str(error))
+        return None
+
+
+def resolve_device(name: str) -> str:
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a device that is there. Raises ConfigError otherwise."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return "cuda:0" if count else "cpu"
+    if name == "cpu":
+        return name
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or (index and not index.isdigit()):
+        raise ConfigError(f"--device {name}: use auto, cpu, cuda or cuda:N")
+    if int(index or 0) >= count:
+        there = f"{count} CUDA device{'s' if count != 1 else ''}"
+        raise ConfigError(f"--device {name}: this machine has {there}; use --device cpu or another number")
+    return f"cuda:{index or 0}"
+
+
+def _check_writable(out: Path) -> None:
+    existing = out
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ConfigError(f"--out {out}: {existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {out}: no permission to write in {existing}")
+
+
+def _check_disk(plan: Plan) -> None:
+    existing = plan.out
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < plan.disk_bytes:
+        raise ConfigError(
+            f"--out {plan.out}: {free / 2**20:.0f} MiB free, about {plan.disk_bytes / 2**20:.0f} MiB needed: "
+            "free some space or choose another --out"
+        )
+
+
+def _open_data(suite: Suite, rows: Sequence[str], plan: Plan) -> int:
+    """Number of training images; scans a folder once."""
+    data = suite.data
+    if data.name == "scenes":
+        assert data.num_train is not None  # held by DataConfig
+        _check_batches(suite, rows, data.num_train, "data.num_train")
+        return data.num_train
+    if data.path is None:
+        raise ConfigError(f"suite {suite.name} trains on a folder of images: name it with --data DIR")
+    from lmd_bench.data.folders import scan_folder
+
+    plan.folder_index = scan_folder(Path(data.path), data)
+    for path, reason in plan.folder_index.skipped:
+        plan.notes.append(f"{path}: skipped: {reason}")
+    _check_batches(suite, rows, plan.folder_index.num_train, f"--data {data.path}")
+    return plan.folder_index.num_train
+
+
+def _check_batches(suite: Suite, rows: Sequence[str], num_train: int, place: str) -> None:
+    for row in rows:
+        batch_size = suite.recipes[suite.methods[row].recipe].batch_size
+        if num_train < batch_size:
+            raise ConfigError(
+                f"{place}: {num_train} training images do not fill one batch of {batch_size} (row {row}); "
+                f"use more images or --set recipes.{suite.methods[row].recipe}.batch_size=N"
+            )
+
+
+def _cell(suite: Suite, row: str, seed: int, method: type[Method], device: str, num_train: int, plan: Plan) -> Cell:
+    settings = suite.methods[row]
+    image_size = settings.image_size or suite.data.image_size
+    place = f"methods.{row}.options"
+    try:
+        options = method.Config.model_validate(settings.options)
+    except ValidationError as error:
+        raise ConfigError(describe_validation(error, method.Config, place)) from error
+    from lmd_bench.method import DataSpec
+
+    try:
+        method.check(options, DataSpec(image_size, _num_classes(suite.data, plan)))
+    except BenchError as error:
+        raise type(error)(f"{place}: {error}") from error
+    if suite.evaluation.num_checks and image_size % suite.evaluation.unit_px:
+        raise ConfigError(
+            f"evaluation.unit_px: mask units of {suite.evaluation.unit_px} px do not tile images of {image_size} px "
+            f"(row {row})"
+        )
+    recipe = _resolved_recipe(suite.recipes[settings.recipe], suite.data)
+    steps_per_epoch = num_train // recipe.batch_size
+    steps = suite.steps if suite.steps is not None else max(1, round((suite.epochs or 0) * steps_per_epoch))
+    config = RunConfig(
+        suite=suite.name,
+        row=row,
+        label=settings.label,
+        method=settings.method,
+        options=options.model_dump(mode="json"),
+        image_size=image_size,
+        data=suite.data,
+        recipe=recipe,
+        steps=steps,
+        lr_warmup_steps=_warmup_steps(recipe, steps, steps_per_epoch),
+        untimed_steps=suite.untimed_steps,
+        precision=suite.precision,
+        compile=suite.compile,
+        seed=seed,
+        device=device,
+        log_every_steps=suite.log_every_steps,
+        evaluation=suite.evaluation,
+        estimator=suite.estimator,
+    )
+    return Cell(config, method, cell_folder(plan.out, suite.name, row, seed))
+
+
+def _num_classes(data: DataConfig, plan: Plan) -> int | None:
+    if data.name == "scenes":
+        from lmd_bench.data.scenes import CLASSES
+
+        return len(CLASSES)
+    assert plan.folder_index is not None
+    return plan.folder_index.num_classes
+
+
+def _resolved_recipe(recipe: RecipeConfig, data: DataConfig) -> RecipeConfig:
+    """`crop: auto` made explicit: scenes are drawn at their size, photographs get MAE's random crops."""
+    if recipe.augmentation.crop != "auto":
+        return recipe
+    crop = "none" if data.name == "scenes" else "random_resized"
+    augmentation = AugmentationConfig.model_validate({**recipe.augmentation.model_dump(), "crop": crop})
+    return recipe.model_copy(update={"augmentation": augmentation})
+
+
+def _warmup_steps(recipe: RecipeConfig, steps: int, steps_per_epoch: int) -> int:
+    if recipe.lr_warmup_share is not None:
+        return round(recipe.lr_warmup_share * steps)
+    if recipe.lr_warmup_epochs is not None:
+        return round(recipe.lr_warmup_epochs * steps_per_epoch)
+    return recipe.lr_warmup_steps or 0
+
+
+def _sort_in(plan: Plan, cell: Cell, force: bool) -> None:
+    """Put a cell among those to run or those finished; a finished one with other settings is a problem."""
+    path = cell.folder / "record.json"
+    if force or not path.exists():
+        plan.cells.append(cell)
+        return
+    record = read_run(path)
+    if record.status == "failed":
+        plan.cells.append(cell)
+        plan.notes.append(f"{cell.config.row} seed {cell.config.seed}: failed before ({record.error}), runs again")
+    elif record.config_hash == cell.config.digest():
+        plan.finished.append(cell)
+    else:
+        raise ConfigError(
+            f"{cell.folder}: finished with other settings ({_difference(record, cell.config)}): "
+            "choose another --out, or --force to run it again"
+        )
+
+
+def _difference(record: RunRecord, config: RunConfig) -> str:
+    """The first few values in which a record's settings differ from the wanted ones."""
+    then, now = _flat(record.config), _flat(config.model_dump(mode="json"))
+    keys = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
+    shown = [f"{key} {then.get(key)!r}, now {now.get(key)!r}" for key in keys[:3]]
+    return "; ".join(shown) + (f"; {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def row_summary(name: str, row: RowConfig) -> str:
+    """One line on a row for `list` and `show`."""
+    return f"{name}: {row.label} (method {row.method})" + (f"; not built yet: {row.planned}" if row.planned else "")

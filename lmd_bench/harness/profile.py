@@ -1,0 +1,276 @@
+"""Speed runs: a few steps of each row in fresh processes, in interleaved rounds, with the calibrator beside them.
+
+They fill the table "step cost" and nothing else; MIT comes from whole runs. Inputs are noise already in memory, so
+the data phase is what it costs to gather a batch, not to decode one.
+"""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lmd_bench.config import DataConfig, EvaluationConfig, RunConfig, Suite
+from lmd_bench.errors import TrainingError
+from lmd_bench.harness.calibrator import CALIBRATOR_IMAGE_SIZE, CALIBRATOR_RECIPE, Calibrator
+from lmd_bench.harness.execute import build_method
+from lmd_bench.harness.instrument import measure_instrument
+from lmd_bench.harness.loop import Trainer, TrainOptions, compile_method
+from lmd_bench.harness.timer import StepTimes, clock_for
+from lmd_bench.metrics.cost import PeakMemory, count_step_flops
+from lmd_bench.records import CALIBRATOR, PHASES, ProfileRecord, ProfileRound, ProfileRow
+from lmd_bench.registry import load_method
+
+if TYPE_CHECKING:
+    from lmd_bench.harness.plan import Plan
+    from lmd_bench.method import Batch, Method
+
+SCHEDULE_STEPS = 1000
+"""Length of the imagined run whose mask schedule the timed steps are taken from."""
+NUM_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class SpeedOptions:
+    """How a speed run goes."""
+
+    rounds: int
+    steps: int
+    """Timed steps per process with the inner marks on, and as many with them off."""
+    untimed_steps: int
+    batch_size: int | None
+    """None: every row's own."""
+    progress: float | None
+    """Point of the mask schedule, 0 to 1, at which all steps are taken; None: midpoints spread over all of it."""
+    flops: bool = True
+
+    def positions(self) -> list[int]:
+        """Steps of an imagined run of SCHEDULE_STEPS that are timed."""
+        if self.progress is not None:
+            return [max(1, round(self.progress * SCHEDULE_STEPS))] * self.steps
+        return [max(1, round((i + 0.5) / self.steps * SCHEDULE_STEPS)) for i in range(self.steps)]
+
+    def progress_text(self) -> str:
+        if self.progress is not None:
+            return f"at {self.progress:.0%} of the mask schedule"
+        return f"mean over the mask schedule ({self.steps} midpoints)"
+
+
+@dataclass(frozen=True)
+class NoiseSource:
+    """Endless batches of the same uniform noise, gathered anew for every step."""
+
+    batch_size: int
+    image_size: int
+    device: torch.device
+
+    def batches(self, batch_size: int, seed: int, start_step: int = 1) -> Generator[Batch, None, None]:
+        from lmd_bench.method import Batch
+
+        generator = torch.Generator().manual_seed(seed)
+        shape = (2 * batch_size, 3, self.image_size, self.image_size)
+        images = torch.rand(shape, generator=generator).to(self.device)
+        labels = torch.arange(2 * batch_size, device=self.device) % NUM_CLASSES
+        order = torch.randperm(2 * batch_size, generator=generator)[:batch_size].to(self.device)
+        while True:
+            yield Batch(images[order], labels[order])
+
+
+def profile(
+    plan: Plan,
+    options: SpeedOptions,
+    added: Mapping[str, str],
+    *,
+    command: str,
+    environment: Mapping[str, Any],
+    on_round: Callable[[ProfileRound], None],
+) -> ProfileRecord:
+    """Run all rounds and return their record. A row that fails is left out with its reason."""
+    first = {cell.config.row: cell.config for cell in [*plan.cells, *plan.finished]}
+    jobs = {name: _with_batch(config, options.batch_size) for name, config in first.items()}
+    device = next(iter(jobs.values())).device
+    suite = plan.suite
+    jobs = {CALIBRATOR: calibrator_config(suite, device), **jobs}
+    rows: dict[str, ProfileRow] = {}
+    rounds: list[ProfileRound] = []
+    not_measured: dict[str, str] = {}
+    for number in range(options.rounds):
+        for name in _rotated(list(jobs), number):
+            if name in not_measured:
+                continue
+            answer = _in_fresh_process(jobs[name], options, added, number, describe=name not in rows)
+            if isinstance(answer, str):
+                not_measured[name] = answer
+                continue
+            measured, row = answer
+            if row is not None:
+                rows[name] = row
+            rounds.append(measured)
+            on_round(measured)
+    batch_sizes = {config.recipe.batch_size for name, config in jobs.items() if name != CALIBRATOR}
+    return ProfileRecord(
+        suite=suite.name,
+        command=command,
+        started_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        environment=dict(environment),
+        reference=suite.reference if suite.reference in rows else None,
+        batch_size=max(batch_sizes),
+        precision=suite.precision,
+        compile=suite.compile,
+        progress=options.progress_text(),
+        rows=rows,
+        rounds=rounds,
+        instrument_us_per_step=measure_instrument(clock_for(torch.device(device)), suite.log_every_steps),
+        not_measured=not_measured,
+    )
+
+
+def _rotated(names: list[str], number: int) -> list[str]:
+    """The calibrator first, then the rows, starting at another one in every round."""
+    rows = names[1:]
+    shift = number % len(rows)
+    return [names[0], *rows[shift:], *rows[:shift]]
+
+
+def _with_batch(config: RunConfig, batch_size: int | None) -> RunConfig:
+    recipe = config.recipe if batch_size is None else config.recipe.model_copy(update={"batch_size": batch_size})
+    return config.model_copy(update={"recipe": recipe, "steps": SCHEDULE_STEPS, "lr_warmup_steps": 0})
+
+
+def calibrator_config(suite: Suite, device: str) -> RunConfig:
+    """The calibrator as a cell: batch 4, fp32, not compiled, whatever the suite says."""
+    return RunConfig(
+        suite=suite.name,
+        row=CALIBRATOR,
+        label="calibrator",
+        method=CALIBRATOR,
+        options={},
+        image_size=CALIBRATOR_IMAGE_SIZE,
+        data=DataConfig(num_train=8, image_size=CALIBRATOR_IMAGE_SIZE),
+        recipe=CALIBRATOR_RECIPE,
+        steps=SCHEDULE_STEPS,
+        lr_warmup_steps=0,
+        untimed_steps=0,
+        precision="fp32",
+        compile=False,
+        seed=0,
+        device=device,
+        log_every_steps=1,
+        evaluation=EvaluationConfig(num_checks=0),
+        estimator=suite.estimator,
+    )
+
+
+Answer = tuple[ProfileRound, ProfileRow | None] | str
+
+
+def _in_fresh_process(
+    config: RunConfig, options: SpeedOptions, added: Mapping[str, str], number: int, *, describe: bool
+) -> Answer:
+    """One row's turn in a process of its own; the reason as text where it failed."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_worker, args=(there, config, options, dict(added), number, describe))
+    process.start()
+    there.close()
+    try:
+        answer: Answer = here.recv()
+    except EOFError:
+        process.join()
+        answer = f"the process ended with code {process.exitcode} (out of memory?)"
+    finally:
+        if process.is_alive():
+            process.join(timeout=30)
+            process.kill()
+    return answer
+
+
+def _worker(
+    channel: Connection, config: RunConfig, options: SpeedOptions, added: Mapping[str, str], number: int, describe: bool
+) -> None:
+    try:
+        channel.send(time_row(config, options, added, number, describe=describe))
+    except Exception as error:  # told to the parent, which reports the row as not measured
+        channel.send(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+def time_row(
+    config: RunConfig, options: SpeedOptions, added: Mapping[str, str], number: int, *, describe: bool
+) -> tuple[ProfileRound, ProfileRow | None]:
+    """Time a few steps of one row in this process; with `describe`, count its parameters and FLOPs too."""
+    method_class = Calibrator if config.method == CALIBRATOR else load_method(config.method, added)
+    device = torch.device(config.device)
+    method = build_method(config, method_class, NUM_CLASSES)
+    row = _describe(method, config, options) if describe else None
+    clock = clock_for(device)
+    source = NoiseSource(config.recipe.batch_size, config.image_size, device)
+    train_options = TrainOptions(
+        recipe=config.recipe,
+        steps=config.steps,
+        lr_warmup_steps=0,
+        untimed_steps=0,
+        seed=config.seed,
+        device=device,
+        precision=config.precision,
+        compile=config.compile,
+    )
+    memory = PeakMemory(device)
+    memory.reset()
+    if config.compile:
+        compile_method(method, config.steps)
+    trainer = Trainer(method, source, train_options, clock)
+    positions = options.positions()
+    trainer.time_steps(_spread(positions, max(options.untimed_steps, len(set(positions)) if config.compile else 0)))
+    schedule = [position for position in positions for _ in range(2)]
+    outputs, times, _ = trainer.time_steps(schedule, marked=[count % 2 == number % 2 for count in range(len(schedule))])
+    last_loss = float(outputs[-1].loss)
+    if last_loss != last_loss:
+        raise TrainingError("the loss is not a number after a few steps; times of such steps mean little")
+    marked = [(step, output) for step, output in zip(times, outputs, strict=True) if step.phases_ms]
+    unmarked = [step.period_ms for step in times if not step.phases_ms]
+    return _round(config, number, marked, unmarked, memory.peak_bytes()), row
+
+
+def _spread(positions: Sequence[int], count: int) -> list[int]:
+    return [positions[i * len(positions) // count] for i in range(count)] if count else []
+
+
+def _round(
+    config: RunConfig, number: int, marked: list[tuple[StepTimes, Any]], unmarked: list[float], peak: int | None
+) -> ProfileRound:
+    return ProfileRound(
+        round=number,
+        row=config.row,
+        period_ms=[step.period_ms for step, _ in marked],
+        phases_ms={name: [step.phases_ms[i] for step, _ in marked] for i, name in enumerate(PHASES)},
+        mask_ratio=[_plain(output.scalars.get("mask_ratio")) for _, output in marked],
+        unmarked_period_ms=sum(unmarked) / len(unmarked) if unmarked else None,
+        peak_memory_bytes=peak,
+    )
+
+
+def _plain(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _describe(method: Method, config: RunConfig, options: SpeedOptions) -> ProfileRow:
+    flops = None
+    if options.flops:
+        try:
+            flops = count_step_flops(method, config.recipe.batch_size, SCHEDULE_STEPS, options.positions())
+        except (NotImplementedError, RuntimeError):
+            flops = None
+    optimizer = config.recipe.optimizer
+    return ProfileRow(
+        label=config.label,
+        method=config.method,
+        optimizer=f"{optimizer.name} ({optimizer.implementation})",
+        parameters=sum(p.numel() for p in method.parameters()),
+        flops_per_step=flops,
+        projector=method.projector_name,
+    )

@@ -1,0 +1,165 @@
+"""The contract between a method and the harness: what to learn, not how it is timed, optimised or reported."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+
+class MethodConfig(BaseModel):
+    """Base of every method's options: immutable, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What a method may know of the data before it sees any."""
+
+    image_size: int
+    """Side of the square images, in pixels."""
+    num_classes: int | None = None
+    """Number of labels, None where the images have none."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch as the harness hands it over, already on the training device."""
+
+    images: Tensor
+    """(B, 3, S, S) float32 in [0, 1]; cropped and flipped as the recipe says, not normalised."""
+    labels: Tensor | None = None
+    """(B,) int64, or None where the data has none."""
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the method's own `collate` made ahead of the step, by name."""
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one training step gives back to the loop."""
+
+    loss: Tensor
+    """() the scalar to be minimised, attached to the graph."""
+    scalars: Mapping[str, Tensor | float] = field(default_factory=dict)
+    """Figures for the record: `mask_ratio` and `tokens` (encoder length) where the method has them. Tensors must be
+    detached, () and may stay on the device; nothing here may force the host to wait."""
+
+
+class Method(nn.Module, ABC):
+    """One approach under test.
+
+    A subclass takes `(config, data)` and nothing else. It draws random numbers from torch's global generators only,
+    which the harness reseeds from (seed, purpose, step) at the start of every step, so that a run can be repeated.
+    """
+
+    Config: ClassVar[type[MethodConfig]]
+    """The options a suite may set for this method."""
+    mask_pattern: ClassVar[str | None] = None
+    """Set, in words, where a method cannot take the yardstick's masks: it is then shown as "own mask", not ranked."""
+
+    def __init__(self, config: MethodConfig, data: DataSpec) -> None:
+        super().__init__()
+        self.data = data
+
+    # -- before anything is built ---------------------------------------------------------------------------------
+
+    @classmethod
+    def check(cls, config: Any, data: DataSpec) -> None:
+        """Raise a BenchError for options that cannot work with this data. Cheap: no model, no weights are loaded."""
+        return
+
+    @classmethod
+    def yardstick_obstacle(cls, config: Any) -> str | None:
+        """Why this configuration cannot reconstruct pixels ("normalised targets"), or None where it can."""
+        return None
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    def collate(self, samples: list[tuple[Tensor, int | None]], generator: torch.Generator) -> Mapping[str, Tensor]:
+        """Work that can be done by a data worker ahead of the step; its tensors arrive as `Batch.extra`.
+
+        `samples` are (uint8 image (3, S, S), label) pairs; default: nothing.
+        """
+        return {}
+
+    def prepare(self, batch: Batch) -> Any:
+        """Frozen work on a batch, timed as the phase "projector". Default: the images as they are."""
+        return batch.images
+
+    @abstractmethod
+    def training_step(self, inputs: Any, *, step: int, total_steps: int) -> StepOutput:
+        """One forward pass with loss. `inputs` is what `prepare` returned; `step` counts 1 to `total_steps`."""
+
+    def mask_ratio_at(self, step: int, total_steps: int) -> float | None:
+        """The mask ratio of a step, None for methods that do not mask."""
+        return None
+
+    def num_tokens_at(self, step: int, total_steps: int) -> int | None:
+        """Length of the encoder's input at a step where it varies or is meaningful, else None."""
+        return None
+
+    def compiled_modules(self) -> list[nn.Module]:
+        """What `--compile` compiles. Default: every child module that is trained, so not a frozen projector."""
+        return [child for child in self.children() if any(p.requires_grad for p in child.parameters())]
+
+    def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Optimizer groups over the trainable parameters. Default: no decay for 1-D tensors and biases (timm)."""
+        decayed: list[Tensor] = []
+        kept: list[Tensor] = []
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                (kept if parameter.ndim <= 1 or name.endswith(".bias") else decayed).append(parameter)
+        groups: list[dict[str, Any]] = [
+            {"params": decayed, "weight_decay": weight_decay},
+            {"params": kept, "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+    # -- the yardstick --------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
+        """Fill the hidden parts of images: the yardstick that all methods share.
+
+        `images` (B, 3, S, S) float32 in [0, 1]; `mask` (B, g, g) bool over square units, True = hidden. Returns
+        (B, 3, S, S) in [0, 1]. No hidden pixel, nor a statistic of one, may influence the result.
+        """
+
+    def reconstruct_leaking(self, images: Tensor, mask: Tensor) -> Tensor | None:
+        """As `reconstruct`, but letting a projector see the whole image first; None where there is no such leak."""
+        return None
+
+    def round_trip(self, images: Tensor) -> Tensor | None:
+        """Images through the projector and back, the ceiling of what `reconstruct` can reach; None in pixel space."""
+        return None
+
+    @property
+    def projector_name(self) -> str | None:
+        """Name of the frozen projector in use, None in pixel space."""
+        return None
+
+    @property
+    def num_function_evaluations(self) -> int:
+        """Forward passes of the trained network in one `reconstruct` call."""
+        return 1
+
+    # -- capabilities a method may have ------------------------------------------------------------------------------
+
+    def sample(self, num_images: int) -> Tensor:
+        """Generate (num_images, 3, S, S) images in [0, 1]. Only generative methods override this."""
+        raise TypeError(f"{type(self).__name__} does not generate images")
+
+    def classifier(self, num_classes: int) -> nn.Module:
+        """A module (B, 3, S, S) -> (B, num_classes) that shares the encoder, for fine-tuning (MAT)."""
+        raise TypeError(f"{type(self).__name__} has no encoder to fine-tune")
+
+    @classmethod
+    def from_official(cls, state_dict: Mapping[str, Tensor], **options: Any) -> Method:
+        """Build the method from the authors' checkpoint layout; every key is used or named in the error."""
+        raise TypeError(f"{cls.__name__} has no official checkpoint layout")

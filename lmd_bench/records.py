@@ -1,0 +1,292 @@
+"""What a run leaves behind: `record.json` and `steps.csv` for each cell, `profile.json` for speed runs. No torch.
+
+A cell's folder is `OUT/<suite>/<row>/seed-<n>/`. `steps.csv` grows while the run goes on (whole lines, flushed to
+disk); `record.json` appears in one piece when the cell has ended, so its presence says that the cell is complete.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lmd_bench.errors import RecordError
+
+SCHEMA = 1
+PHASES = ("data", "projector", "forward", "backward", "optimizer")
+"""The five parts of a step, in order; their times add up to the period."""
+STEP_COLUMNS = (
+    "step",
+    "timed",
+    "loss",
+    "mask_ratio",
+    "tokens",
+    "lr",
+    "period_ms",
+    *(f"{phase}_ms" for phase in PHASES),
+)
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Timing(_Part):
+    """Where the wall time of a cell's training went. Seconds."""
+
+    train_s: float
+    """Sum of the periods of all measured steps."""
+    pauses_s: dict[str, float]
+    """Time off the clock by purpose: evaluation, log."""
+    wall_s: float
+    """From the first boundary to the end of the last step or pause, on the host's clock."""
+    residual_share: float
+    """|wall - train - pauses| / wall."""
+    valid: bool
+    """False where the residual is above 0.5 %."""
+    untimed_s: float
+    """The untimed steps before the first real one, compilation included."""
+    compile_s: float | None
+    """First untimed step less the median of the later ones, where torch.compile was on."""
+    instrument_us_per_step: float | None
+    """Cost of marks, buffers and rows for one step, timed in isolation on this machine."""
+
+
+class Phases(_Part):
+    """Mean milliseconds a measured step spends in each phase."""
+
+    data_ms: float
+    projector_ms: float
+    forward_ms: float
+    backward_ms: float
+    optimizer_ms: float
+    stall_share: float
+    """(period - projector - forward - backward - optimizer) / period: waiting for data and everything between."""
+    projector_share: float
+
+
+class Cost(_Part):
+    """What a step costs apart from time."""
+
+    parameters: int
+    trainable_parameters: int
+    projector_parameters: int
+    flops_per_step: int | None
+    """Forward and backward of the real step, projector included, 2 x MAC, mean over the mask schedule."""
+    peak_memory_bytes: int | None
+    peak_memory_kind: str
+    """"allocated on the GPU" or "resident set of the process"."""
+    recompilations: int | None = None
+
+
+class Check(_Part):
+    """One look at the yardstick."""
+
+    step: int
+    train_s: float
+    """Training time so far, pauses left out."""
+    psnr_db: float
+    """Mean over images of the PSNR over hidden pixels."""
+    ssim: float
+    """Mean SSIM of the composite image."""
+    num_images: int
+
+
+class Yardstick(_Part):
+    """The common yardstick for one cell."""
+
+    image_size: int
+    unit_px: int
+    checks: list[Check]
+    own_mask: str | None = None
+    function_evaluations: int = 1
+    projector: str | None = None
+    ceiling_psnr_db: float | None = None
+    """PSNR over the same hidden pixels of projector encode + decode without any mask."""
+    latent_leak_db: float | None = None
+    """PSNR gained when the projector sees the whole image before latents are masked."""
+    mean_colour_psnr_db: float | None = None
+    """PSNR of filling hidden pixels with the mean colour of the visible ones: what no learning reaches."""
+
+
+class RunRecord(_Part):
+    """One finished or failed cell."""
+
+    schema_version: int = Field(default=SCHEMA, alias="schema")
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    suite: str
+    row: str
+    label: str
+    method: str
+    seed: int
+    status: Literal["finished", "failed"]
+    error: str | None = None
+    config: dict[str, Any]
+    config_hash: str
+    command: str
+    started_at: str
+    environment: dict[str, Any]
+    num_steps: int
+    data: dict[str, Any] = {}
+    """What was trained on: counts, digest, files that could not be used."""
+    timing: Timing | None = None
+    phases: Phases | None = None
+    cost: Cost | None = None
+    efficiency: dict[str, Any] | None = None
+    """`lmd_bench.metrics.efficiency.RunEfficiency.to_dict()`."""
+    yardstick: Yardstick | None = None
+    not_measured: dict[str, str] = {}
+    """Figure -> why it is missing."""
+    notes: list[str] = []
+
+
+class ProfileRound(_Part):
+    """One fresh process of a speed run: a few steps of one row."""
+
+    round: int
+    row: str
+    period_ms: list[float]
+    phases_ms: dict[str, list[float]]
+    mask_ratio: list[float | None]
+    unmarked_period_ms: float | None = None
+    """Mean period of the same steps with the inner marks off, in the same process."""
+    peak_memory_bytes: int | None = None
+
+
+class ProfileRow(_Part):
+    """What a profiled row is, apart from its times."""
+
+    label: str
+    method: str
+    optimizer: str
+    parameters: int
+    flops_per_step: int | None
+    projector: str | None = None
+
+
+class ProfileRecord(_Part):
+    """A speed run: interleaved rounds in fresh processes."""
+
+    schema_version: int = Field(default=SCHEMA, alias="schema")
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    suite: str
+    command: str
+    started_at: str
+    environment: dict[str, Any]
+    reference: str | None
+    batch_size: int
+    precision: str
+    compile: bool
+    progress: str
+    """Which part of the mask schedule the steps stand for, in words."""
+    rows: dict[str, ProfileRow]
+    rounds: list[ProfileRound]
+    instrument_us_per_step: float
+    """Marks, buffers and rows of one step timed in isolation."""
+    not_measured: dict[str, str] = {}
+
+
+CALIBRATOR = "calibrator"
+"""Row name of the calibrator in a ProfileRecord: timm vit_base_patch16_224, batch 4, fp32, torch.optim.AdamW."""
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def cell_folder(out: Path, suite: str, row: str, seed: int) -> Path:
+    """OUT/<suite>/<row>/seed-<n>."""
+    return out / suite / row / f"seed-{seed}"
+
+
+def write_json(path: Path, record: BaseModel) -> None:
+    """Write a record in one piece: it is there complete or not at all, also after a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".json.tmp")
+    text = json.dumps(record.model_dump(mode="json", by_alias=True), indent=1, allow_nan=False)
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_run(path: Path) -> RunRecord:
+    """A cell's `record.json`."""
+    return _read(path, RunRecord)
+
+
+def read_profile(path: Path) -> ProfileRecord:
+    """A `profile.json`."""
+    return _read(path, ProfileRecord)
+
+
+_Record = TypeVar("_Record", bound=BaseModel)
+
+
+def _read(path: Path, model: type[_Record]) -> _Record:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RecordError(f"{path}: not a readable record ({error}); delete it to run the cell again") from error
+    schema = values.get("schema") if isinstance(values, dict) else None
+    if schema != SCHEMA:
+        raise RecordError(
+            f"{path}: a record of schema {schema}, this version reads schema {SCHEMA}: "
+            "read it with the version that wrote it, or run the cell again with --force"
+        )
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise RecordError(
+            f"{path}: damaged record: {place}: {first['msg']}; delete it to run the cell again"
+        ) from error
+
+
+class StepWriter:
+    """Appends rows to `steps.csv`, whole lines at a time, on disk when `append` returns."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w", encoding="utf-8", newline="")
+        self._writer = csv.writer(self._file, lineterminator="\n")
+        self._writer.writerow(STEP_COLUMNS)
+
+    def append(self, rows: Iterable[Sequence[object]]) -> None:
+        """Rows in the order of STEP_COLUMNS; None becomes an empty field. Floats are written to be read back equal."""
+        self._writer.writerows(["" if value is None else value for value in row] for row in rows)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_steps(path: Path) -> dict[str, list[float | None]]:
+    """Columns of a `steps.csv`, empty fields as None. A last line cut off by a crash is left out."""
+    columns: dict[str, list[float | None]] = {name: [] for name in STEP_COLUMNS}
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.reader(file)
+            header = next(reader, None)
+            if header is None or tuple(header) != STEP_COLUMNS:
+                raise RecordError(f"{path}: columns {header}, expected {list(STEP_COLUMNS)}")
+            for row in reader:
+                if len(row) != len(STEP_COLUMNS):
+                    break
+                for name, text in zip(STEP_COLUMNS, row, strict=True):
+                    columns[name].append(float(text) if text else None)
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{path}: not a readable table of steps ({error})") from error
+    return columns
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """All `record.json` files of a suite's folder (or of an OUT with several suites), in path order."""
+    return sorted(folder.glob("**/seed-*/record.json"))

@@ -1,0 +1,370 @@
+"""The report's figures, each with the numbers behind it. Colours are Okabe and Ito's, one a row in every figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Final
+
+from lmd_bench.config import Suite
+from lmd_bench.lmd.mask_schedule import MaskScheduleName, mask_ratio
+from lmd_bench.metrics.efficiency import smoothed_loss
+from lmd_bench.records import CALIBRATOR, PHASES
+from lmd_bench.report.cells import number, rows_to_csv
+from lmd_bench.report.load import Profile, Results, Run
+from lmd_bench.report.quality import resolve
+from lmd_bench.report.rows import RowResult
+from lmd_bench.report.step_cost import phase_ms
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+    from numpy.typing import NDArray
+
+# M. Okabe, K. Ito, "Color Universal Design" (2002): eight colours told apart by colour-blind readers; yellow is left
+# out, too light for lines on white. Rows beyond the seventh repeat colours with another dash.
+_ROW_COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_DASHES: Final = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
+_MARKERS: Final = "osD^vPX*<>"
+# P. Tol's "bright" scheme, another set than the rows', so that a phase is not taken for a row.
+_PHASE_COLOURS: Final = {
+    "data": "#BBBBBB",
+    "projector": "#EE6677",
+    "forward": "#66CCEE",
+    "backward": "#4477AA",
+    "optimizer": "#228833",
+}
+_MOST_POINTS: Final = 1000
+_DPI: Final = 150
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a row is drawn."""
+
+    colour: str
+    dash: str | tuple[int, tuple[float, ...]]
+    marker: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure on disk with the table it was drawn from."""
+
+    stem: str
+    title: str
+    caption: str
+    png: Path
+    csv: Path
+
+
+def looks(rows: Sequence[str]) -> dict[str, Look]:
+    """One look for each row, the same in every figure."""
+    count = len(_ROW_COLOURS)
+    return {
+        row: Look(_ROW_COLOURS[i % count], _DASHES[(i // count) % len(_DASHES)], _MARKERS[i % len(_MARKERS)])
+        for i, row in enumerate(rows)
+    }
+
+
+class Drawing:
+    """Draws what the records allow; a figure without data is left out."""
+
+    def __init__(
+        self, suite: Suite, results: Results, rows: Mapping[str, RowResult], folder: Path, provenance: Sequence[str]
+    ) -> None:
+        self.suite = suite
+        self.results = results
+        self.folder = folder
+        self.rows = rows
+        self.labels = {row: found.label for row, found in rows.items()}
+        self.provenance = list(provenance)
+        self.looks = looks(list(rows))
+        self.figures: list[Figure] = []
+
+    def draw(self) -> list[Figure]:
+        """All figures that have data, in the order of the page."""
+        curves = [run for run in self.results.all_runs if run.steps and run.steps["step"].size >= 2]
+        if curves:
+            self._loss_curves(curves)
+        masked = [run for run in curves if _finite(run.steps["mask_ratio"]).size]
+        if masked:
+            self._schedules(masked)
+        checked = [run for run in self.results.all_runs if run.record.yardstick and run.record.yardstick.checks]
+        if checked:
+            self._yardstick(checked)
+        phased = [run for run in self.results.all_runs if run.record.phases]
+        if phased:
+            self._phases(phased)
+        for profile in self.results.profiles:
+            self._profile_phases(profile)
+        return self.figures
+
+    # -- one figure each ------------------------------------------------------------------------------------------
+
+    def _loss_curves(self, runs: Sequence[Run]) -> None:
+        canvas, (left, right) = _canvas(1, 2, height=4.4, sharey=True)
+        table: list[Sequence[object]] = []
+        half_life = int(self.suite.estimator.half_life_steps)
+        for run in runs:
+            points = _relative_loss(run, half_life)
+            look = self.looks[run.record.row]
+            for axes, along in ((left, "step"), (right, "train_s")):
+                axes.plot(
+                    points[along], points["relative"], color=look.colour, linestyle=look.dash,
+                    label=self._label(run, runs),
+                )  # fmt: skip
+            columns = zip(*(points[name].tolist() for name in points), strict=True)
+            table += [(run.record.row, run.record.seed, *values) for values in columns]
+        left.set(xlabel="optimizer step", ylabel="smoothed loss / its first value")
+        right.set(xlabel="training time, s (pauses left out)")
+        _logarithmic_if_wide(left, [row[-1] for row in table])
+        _legend(canvas, left)
+        self._save(
+            canvas,
+            "loss-curves",
+            "Loss over steps and over seconds",
+            f"Each loss is smoothed (half-life {half_life} steps) and divided by its own first smoothed value, because "
+            "the methods minimise different quantities: the heights of two curves say nothing about which model is "
+            "better. The common yardstick below does.",
+            ["row", "seed", "step", "train_s", "loss", "smoothed_loss", "relative_loss"],
+            table,
+        )
+
+    def _schedules(self, runs: Sequence[Run]) -> None:
+        canvas, (axes, lengths) = _canvas(1, 2, height=4.4)
+        table: list[Sequence[object]] = []
+        drawn: set[str] = set()
+        for run in runs:
+            row = run.record.row
+            if row in drawn:  # a schedule is the same for every seed
+                continue
+            width = max(1.2, 7.0 - 1.4 * len(drawn))  # rows with one schedule lie on each other: all must show
+            drawn.add(row)
+            look = self.looks[row]
+            steps, ratios, tokens = (run.steps[name] for name in ("step", "mask_ratio", "tokens"))
+            progress = (steps - 1) / run.record.num_steps
+            axes.plot(progress, ratios, color=look.colour, linewidth=width, label=self.labels[row])
+            lengths.plot(progress, tokens, color=look.colour, linewidth=width, drawstyle="steps-post")
+            table += [
+                (row, "recorded", int(steps[i]), float(progress[i]), _or_none(ratios[i]), _or_none(tokens[i]))
+                for i in _thin(steps.size)
+            ]
+        for name in PAPER_SCHEDULES:
+            grid = [i / _FORMULA_POINTS for i in range(_FORMULA_POINTS)]
+            values = [
+                mask_ratio(name, i + 1, _FORMULA_POINTS, start=0.15, mid=0.40, end=0.75) for i in range(_FORMULA_POINTS)
+            ]
+            axes.plot(grid[::8], values[::8], color="#333333", linestyle="none", marker=".", markersize=3.5, zorder=3)
+            table += [(name, "formula", "none", u, value, "none") for u, value in zip(grid, values, strict=True)]
+        axes.set(xlabel="share of all steps", ylabel="mask ratio", xlim=(0, 1), ylim=(0, 1))
+        lengths.set(xlabel="share of all steps", ylabel="tokens the encoder sees", xlim=(0, 1))
+        lengths.set_ylim(bottom=0)
+        _legend(canvas, axes)
+        self._save(
+            canvas,
+            "mask-schedules",
+            "Mask schedules (the paper's figure 5)",
+            "Left: the mask ratio recorded in each step (lines) on the paper's three formulas (dots; section 3.2.3: "
+            "uniform, piecewise, cosine, from 0.15 to 0.75). Right: what it comes to, the whole tokens left visible.",
+            ["row", "kind", "step", "progress", "mask_ratio", "tokens"],
+            table,
+        )
+
+    def _yardstick(self, runs: Sequence[Run]) -> None:
+        canvas, (axes,) = _canvas(1, 1, height=4.4)
+        table: list[Sequence[object]] = []
+        for run in runs:
+            record, look = run.record, self.looks[run.record.row]
+            yardstick = record.yardstick
+            assert yardstick is not None
+            own = " (own mask)" if yardstick.own_mask else ""
+            axes.plot(
+                [check.train_s for check in yardstick.checks],
+                [check.psnr_db for check in yardstick.checks],
+                color=look.colour, linestyle=look.dash, marker=look.marker, markersize=4,
+                label=self._label(run, runs) + own,
+            )  # fmt: skip
+            table += [
+                (record.row, record.seed, c.step, c.train_s, c.psnr_db, c.ssim, c.num_images) for c in yardstick.checks
+            ]
+        floors = [y.mean_colour_psnr_db for r in runs if (y := r.record.yardstick) and y.mean_colour_psnr_db]
+        if floors:
+            axes.axhline(floors[0], color="#777777", linewidth=1, linestyle=(0, (2, 2)), zorder=1)
+            axes.annotate(
+                "mean colour of what is visible: no learning", (0.995, floors[0]), fontsize=8, color="#555555",
+                xycoords=("axes fraction", "data"), xytext=(0, -10), textcoords="offset points", ha="right",
+            )  # fmt: skip
+        for target in self.suite.evaluation.targets:
+            level = resolve(target, self.rows)
+            if isinstance(level, float):
+                axes.axhline(level, color="#777777", linewidth=1, zorder=1)
+                axes.annotate(
+                    f"target: {100 * target.fraction:g} % of the gain of {target.of}", (0.995, level), fontsize=8,
+                    color="#555555", xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points",
+                    ha="right",
+                )  # fmt: skip
+        axes.set(xlabel="training time, s (pauses left out)", ylabel="PSNR over hidden pixels, dB")
+        _legend(canvas, axes)
+        self._save(
+            canvas,
+            "yardstick",
+            "The common yardstick over training time",
+            "All methods fill the same hidden parts of the same held-out images, off the clock. Higher is better.",
+            ["row", "seed", "step", "train_s", "psnr_db", "ssim", "num_images"],
+            table,
+        )
+
+    def _phases(self, runs: Sequence[Run]) -> None:
+        rows: dict[str, dict[str, float]] = {}
+        for row in self.labels:
+            own = [run.record.phases for run in runs if run.record.row == row and run.record.phases]
+            if own:
+                rows[row] = {p: sum(getattr(part, f"{p}_ms") for part in own) / len(own) for p in PHASES}
+        self._bars(
+            rows,
+            "phases",
+            "Where a step's time goes (runs)",
+            "Mean milliseconds of each phase over all measured steps; the parts add up to the step. Several seeds: "
+            "their mean.",
+        )
+
+    def _profile_phases(self, profile: Profile) -> None:
+        rows: dict[str, dict[str, float]] = {}
+        for row in profile.record.rows:
+            rounds = [part for part in profile.record.rounds if part.row == row and part.period_ms]
+            if rounds and row != CALIBRATOR:
+                rows[row] = {phase: fmean(phase_ms(part, phase) for part in rounds) for phase in PHASES}
+        if rows:
+            labels = {row: profile.record.rows[row].label for row in rows}
+            self._bars(
+                rows,
+                f"profile-phases{profile.tag}",
+                f"Where a step's time goes (speed run, batch {profile.record.batch_size}, {profile.record.precision})",
+                f"Mean milliseconds over all rounds; {profile.record.progress}. The calibrator is left out.",
+                labels,
+            )
+
+    def _bars(
+        self,
+        rows: Mapping[str, Mapping[str, float]],
+        stem: str,
+        title: str,
+        caption: str,
+        labels: Mapping[str, str] | None = None,
+    ) -> None:
+        names = labels or self.labels
+        canvas, (axes,) = _canvas(1, 1, height=1.3 + 0.42 * len(rows))
+        places = list(range(len(rows)))
+        start = [0.0] * len(rows)
+        for phase in PHASES:
+            widths = [parts[phase] for parts in rows.values()]
+            axes.barh(places, widths, left=start, color=_PHASE_COLOURS[phase], label=phase, height=0.62)
+            start = [a + b for a, b in zip(start, widths, strict=True)]
+        for place, total in zip(places, start, strict=True):
+            axes.annotate(
+                f"{number(total)} ms", (total, place), fontsize=8, va="center",
+                xytext=(4, 0), textcoords="offset points",
+            )  # fmt: skip
+        axes.set_yticks(places, [names.get(row, row) for row in rows])
+        axes.invert_yaxis()
+        axes.set(xlabel="milliseconds a step", xlim=(0.0, (float(max(start)) or 1.0) * 1.12))
+        axes.grid(axis="y", visible=False)
+        _legend(canvas, axes)
+        table = [(row, phase, parts[phase]) for row, parts in rows.items() for phase in PHASES]
+        self._save(canvas, stem, title, caption, ["row", "phase", "milliseconds"], table)
+
+    # -- shared ---------------------------------------------------------------------------------------------------
+
+    def _label(self, run: Run, runs: Sequence[Run]) -> str:
+        """A row's label once: further seeds of the row are drawn without one."""
+        first = next(other for other in runs if other.record.row == run.record.row)
+        return self.labels[run.record.row] if first is run else "_nolegend_"
+
+    def _save(
+        self,
+        canvas: Canvas,
+        stem: str,
+        title: str,
+        caption: str,
+        names: Sequence[str],
+        table: Sequence[Sequence[object]],
+    ) -> None:
+        png, data = self.folder / f"{stem}.png", self.folder / f"{stem}.csv"
+        canvas.savefig(png, dpi=_DPI, metadata={"Title": title, "Description": " | ".join(self.provenance)})
+        data.write_text(rows_to_csv([title, *self.provenance], names, table), encoding="utf-8")
+        self.figures.append(Figure(stem, title, caption, png, data))
+
+
+PAPER_SCHEDULES: Final[tuple[MaskScheduleName, ...]] = ("uniform", "piecewise", "cosine")
+_FORMULA_POINTS: Final = 240
+
+
+def _or_none(value: float) -> float | str:
+    """For tables, where an empty field would say nothing."""
+    return float(value) if value == value else "none"
+
+
+def _relative_loss(run: Run, half_life: int) -> dict[str, NDArray[np.float64]]:
+    """At most a thousand points of a run's loss: raw, smoothed, and smoothed over its first smoothed value."""
+    import numpy as np
+
+    loss = run.steps["loss"]
+    count = int(np.argmax(~np.isfinite(loss))) if not np.isfinite(loss).all() else loss.size
+    smoothed = smoothed_loss(loss[:count], half_life)
+    first = smoothed[min(half_life, count) - 1]
+    kept = _thin(count)
+    return {
+        "step": run.steps["step"][:count][kept],
+        "train_s": run.seconds[:count][kept],
+        "loss": loss[:count][kept],
+        "smoothed": smoothed[kept],
+        "relative": (smoothed / first)[kept],
+    }
+
+
+def _thin(count: int) -> list[int]:
+    """Evenly spread indices, first and last included."""
+    if count <= _MOST_POINTS:
+        return list(range(count))
+    return sorted({round(i * (count - 1) / (_MOST_POINTS - 1)) for i in range(_MOST_POINTS)})
+
+
+def _finite(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    import numpy as np
+
+    return np.asarray(values[np.isfinite(values)])
+
+
+def _canvas(rows: int, columns: int, *, height: float, sharey: bool = False) -> tuple[Canvas, list[Axes]]:
+    """A figure 9.5 inches wide and its axes, without pyplot and so without global state."""
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=(9.5, height), layout="constrained")
+    axes = list(canvas.subplots(rows, columns, sharey=sharey, squeeze=False).ravel())
+    for one in axes:
+        one.grid(color="#E4E4E4", linewidth=0.8)
+        one.set_axisbelow(True)
+        one.spines[["top", "right"]].set_visible(False)
+    return canvas, axes
+
+
+def _legend(canvas: Canvas, axes: Axes) -> None:
+    """One legend above the axes, where it hides no data."""
+    handles, names = axes.get_legend_handles_labels()
+    if handles:
+        canvas.legend(handles, names, loc="outside upper left", ncols=min(len(names), 6), frameon=False, fontsize=9)
+
+
+def _logarithmic_if_wide(axes: Axes, values: Sequence[object]) -> None:
+    numbers = [value for value in values if isinstance(value, float) and value > 0]
+    if numbers and max(numbers) / min(numbers) > 10:
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())

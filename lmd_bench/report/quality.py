@@ -1,0 +1,186 @@
+"""The table of the common yardstick: PSNR, SSIM and time to quality (TTQ), with what bounds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from lmd_bench.config import Suite, TargetConfig
+from lmd_bench.metrics.intervals import Missing
+from lmd_bench.metrics.quality import TTQ, QualityCheck, TargetRule, resolve_target, ttq, ttq_over_seeds
+from lmd_bench.records import Yardstick
+from lmd_bench.report.cells import Cell, Column, Number, Section, Table, label, missing, number
+from lmd_bench.report.rows import RowResult
+
+
+def yardsticks(found: RowResult) -> list[Yardstick]:
+    """The yardsticks of a row's finished runs that were read at least once."""
+    read = [run.record.yardstick for run in found.finished]
+    return [yardstick for yardstick in read if yardstick is not None and yardstick.checks]
+
+
+def quality_checks(yardstick: Yardstick) -> list[QualityCheck]:
+    """A run's checks as the metrics take them."""
+    return [QualityCheck(check.step, check.train_s, check.psnr_db) for check in yardstick.checks]
+
+
+def resolve(target: TargetConfig, rows: Mapping[str, RowResult]) -> float | Missing:
+    """A target in dB from the reference row's checks; several seeds: their mean at each step."""
+    reference = rows.get(target.of)
+    by_step: dict[int, list[QualityCheck]] = {}
+    for yardstick in yardsticks(reference) if reference else []:
+        for check in quality_checks(yardstick):
+            by_step.setdefault(check.step, []).append(check)
+    means = [
+        QualityCheck(step, fmean(c.train_seconds for c in checks), fmean(c.psnr for c in checks))
+        for step, checks in sorted(by_step.items())
+    ]
+    return resolve_target(TargetRule(target.fraction, target.of), means)
+
+
+def quality_table(suite: Suite, rows: Mapping[str, RowResult]) -> Table:
+    """Every row on the common yardstick."""
+    targets = [(target, resolve(target, rows)) for target in suite.evaluation.targets]
+    columns = [
+        Column("Method", ("row", "label")),
+        Column("first", ("psnr_first_db",), "dB", "PSNR over hidden pixels"),
+        Column("best", ("psnr_best_db",), "dB", "PSNR over hidden pixels"),
+        Column("last", ("psnr_last_db",), "dB", "PSNR over hidden pixels"),
+        Column("SSIM, last", ("ssim_last",), "0 to 1"),
+        *(_target_column(target, level) for target, level in targets),
+        Column("Floor: mean colour", ("mean_colour_psnr_db",), "dB", "Bounds"),
+        Column("Ceiling: projector alone", ("ceiling_psnr_db",), "dB", "Bounds"),
+        Column("Latent leak", ("latent_leak_db",), "dB"),
+        Column("Evaluations", ("function_evaluations",), "per image"),
+        Column("Masks", ("own_mask", "image_size_px", "unit_px")),
+    ]
+    body = tuple(_row(found, targets, len(columns)) for found in rows.values())
+    return Table(
+        "ttq",
+        f"The common yardstick: reconstruction quality over training time ({suite.title})",
+        tuple(columns),
+        (Section(None, body),),
+        tuple(_notes(suite, rows, targets)),
+    )
+
+
+def _key(target: TargetConfig) -> str:
+    return f"ttq_{100 * target.fraction:g}_of_{target.of}".replace("-", "_")
+
+
+def _target_column(target: TargetConfig, level: float | Missing) -> Column:
+    key = _key(target)
+    dB = "no target" if isinstance(level, Missing) else f"{level:.2f} dB"  # noqa: N806 - the unit's own spelling
+    return Column(
+        f"{100 * target.fraction:g} % of the gain of {target.of} ({dB})",
+        (f"{key}_s", f"{key}_after_s", f"{key}_state", f"{key}_target_db"),
+        "s",
+        "TTQ",
+    )
+
+
+def _row(found: RowResult, targets: Sequence[tuple[TargetConfig, float | Missing]], width: int) -> tuple[Cell, ...]:
+    name = Cell((found.label, f"{found.row}, {found.seeds_text}"), "label", {"row": found.row, "label": found.label})
+    read = yardsticks(found)
+    if not read:
+        why = found.why_nothing or f"not measured: {found.recorded_reason('yardstick', 'ttq')}"
+        return (name, *(missing(why) for _ in range(width - 1)))
+    psnrs = [[check.psnr_db for check in yardstick.checks] for yardstick in read]
+    return (
+        name,
+        _mean_cell([values[0] for values in psnrs], "psnr_first_db"),
+        _mean_cell([max(values) for values in psnrs], "psnr_best_db"),
+        _mean_cell([values[-1] for values in psnrs], "psnr_last_db"),
+        _mean_cell([yardstick.checks[-1].ssim for yardstick in read], "ssim_last", digits=3),
+        *(_ttq_cell(read, target, level) for target, level in targets),
+        _optional(read, "mean_colour_psnr_db", "not measured: not in the record"),
+        _optional(read, "ceiling_psnr_db", "none: works on pixels"),
+        _optional(read, "latent_leak_db", "none: no projector to leak"),
+        Cell((str(read[0].function_evaluations),), "value", {"function_evaluations": read[0].function_evaluations}),
+        _masks_cell(read[0]),
+    )
+
+
+def _mean_cell(values: Sequence[float], name: str, digits: int = 2) -> Cell:
+    """The mean over seeds; with several, their range below it."""
+    mean = fmean(values)
+    lines = [f"{mean:.{digits}f}"]
+    if len(values) > 1:
+        lines.append(f"{min(values):.{digits}f} to {max(values):.{digits}f}")
+    return Cell(tuple(lines), "value", {name: mean})
+
+
+def _optional(read: Sequence[Yardstick], name: str, otherwise: str) -> Cell:
+    values = [value for yardstick in read if (value := getattr(yardstick, name)) is not None]
+    if values:
+        return _mean_cell(values, name)
+    return missing(otherwise) if otherwise.startswith("not measured") else label(otherwise)
+
+
+def _masks_cell(yardstick: Yardstick) -> Cell:
+    parts: dict[str, Number | str] = {"image_size_px": yardstick.image_size, "unit_px": yardstick.unit_px}
+    size = f"{yardstick.image_size} px, units of {yardstick.unit_px} px"
+    if yardstick.own_mask:
+        lines = (f"own mask: {yardstick.own_mask}", "not ranked", size)
+        return Cell(lines, "value", parts | {"own_mask": yardstick.own_mask})
+    return Cell(("common", size), "value", parts | {"own_mask": "common"})
+
+
+def _ttq_cell(read: Sequence[Yardstick], target: TargetConfig, level: float | Missing) -> Cell:
+    key = _key(target)
+    if isinstance(level, Missing):
+        return missing(f"no target: {level.reason}")
+    results = [ttq(quality_checks(yardstick), level, yardstick.ceiling_psnr_db) for yardstick in read]
+    if len(results) == 1:
+        return _single_ttq(results[0], key)
+    if all(result.state == "above ceiling" for result in results):
+        return Cell((results[0].text,), "missing", {f"{key}_target_db": level})
+    together = ttq_over_seeds(results)
+    points = ", ".join("missed" if point is None else f"{point:.4g}" for point in together.points)
+    parts: dict[str, Number | str] = {
+        f"{key}_s": "not reached" if together.median_seconds is None else together.median_seconds,
+        f"{key}_after_s": f"points: {points}",
+        f"{key}_state": f"{together.num_reached} of {together.num_seeds} reached",
+        f"{key}_target_db": level,
+    }
+    return Cell((together.text, f"points: {points}"), "value", parts)
+
+
+def _single_ttq(result: TTQ, key: str) -> Cell:
+    state: dict[str, Number | str] = {f"{key}_state": result.state, f"{key}_target_db": result.target}
+    if result.seconds is None:
+        return Cell((result.text,), "missing", state)
+    after = "start" if result.after_seconds is None else number(float(result.after_seconds))
+    lines = [number(float(result.seconds)), f"between {after} and {number(float(result.seconds))}"]
+    if result.state != "reached":
+        lines.append("last check: not confirmed")
+    edge: Number | str = "start" if result.after_seconds is None else result.after_seconds
+    return Cell(tuple(lines), "value", {f"{key}_s": result.seconds, f"{key}_after_s": edge} | state)
+
+
+def _notes(
+    suite: Suite, rows: Mapping[str, RowResult], targets: Sequence[tuple[TargetConfig, float | Missing]]
+) -> list[str]:
+    evaluation = suite.evaluation
+    notes = [
+        f"All rows fill the same hidden parts of the same {evaluation.num_images} held-out images (squares of "
+        f"{evaluation.unit_px} px, {100 * evaluation.keep:g} % of them visible), off the clock; the harness pastes the "
+        "visible pixels back. PSNR over hidden pixels only, SSIM over the whole; several seeds: mean and range.",
+        "TTQ: training seconds until the target is first reached and held at the next check; the time itself lies "
+        "between that check and the one before. A target above its projector's ceiling cannot be reached.",
+        "Latent leak: PSNR gained when the projector sees the whole image before latents are masked; the other columns "
+        "are without it. Evaluations: forward passes of the trained network per reconstruction.",
+    ]
+    notes += [
+        f"{100 * target.fraction:g} % of the gain of {target.of}: "
+        + (f"no target: {level.reason}." if isinstance(level, Missing) else f"{level:.3f} dB, the first check of "
+           f"{target.of} plus that share of its gain to its best check.")
+        for target, level in targets
+    ]  # fmt: skip
+    if not targets:
+        notes.append("The suite names no target, so there is no TTQ.")
+    sizes = {yardstick.image_size for found in rows.values() for yardstick in yardsticks(found)}
+    if len(sizes) > 1:
+        listed = ", ".join(map(str, sorted(sizes)))
+        notes.append(f"Rows of different image sizes ({listed} px) cannot be ranked together.")
+    return notes

@@ -1,0 +1,192 @@
+"""Cells that several tables share: a row's name, its figures with ratio and verdict, its shares and set-up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Final
+
+from lmd_bench.metrics.efficiency import RunEfficiency
+from lmd_bench.metrics.intervals import Figure, Interval, Missing, Ratio, ratio
+from lmd_bench.report.cells import Cell, Column, Number, label, missing, number, percent, span
+from lmd_bench.report.rows import RowResult, points_text, short_kind
+
+
+def name_cell(found: RowResult) -> Cell:
+    """What names a row, with the kind of its intervals and, from the fourth line on, its marks."""
+    figure = found.figure(lambda e: e.headline.mlt_ms, "mlt")
+    if isinstance(figure, Missing):
+        figure = found.figure(lambda e: e.mit_whole_ms, "mit")
+    kind = short_kind(figure.kind) if isinstance(figure, Interval) else "none"
+    parts: dict[str, Number | str] = {
+        "row": found.row, "label": found.label, "seeds": len(found.finished), "interval_kind": kind,
+        "marks": "; ".join(found.marks) or "none",
+    }  # fmt: skip
+    return Cell((found.label, f"{found.row}, {found.seeds_text}", f"interval: {kind}", *found.marks), "label", parts)
+
+
+def measured_parts(key: str, unit: str) -> tuple[str, ...]:
+    """CSV columns of a measured figure: value, interval, ratio to the reference row, its interval and verdict."""
+    figure = (f"{key}{unit}", f"{key}{unit}_low", f"{key}{unit}_high")
+    return (*figure, f"{key}_ratio", f"{key}_ratio_low", f"{key}_ratio_high", f"{key}_verdict")
+
+
+NAME_COLUMN: Final = Column("Method", ("row", "label", "seeds", "interval_kind", "marks"))
+
+
+def measured_cell(
+    found: RowResult,
+    reference: RowResult | None,
+    pick: Callable[[RunEfficiency], Figure],
+    key: str,
+    unit: str,
+    scale: float,
+) -> Cell:
+    """A figure with its interval, and its ratio to the reference row with a verdict."""
+    figure = found.figure(pick, key)
+    if isinstance(figure, Missing):
+        return missing(figure.reason)
+    lines, parts = figure_lines(figure, f"{key}{unit}", scale)
+    names = measured_parts(key, unit)[3:]
+    if reference is None:
+        return Cell((*lines, "no reference row"), "value", parts | dict.fromkeys(names, "no reference row"))
+    if reference.row == found.row:
+        return Cell((*lines, "reference"), "value", parts | dict.fromkeys(names[:3], 1.0) | {names[3]: "reference"})
+    against = ratio(figure, reference.figure(pick, key), found.confidence)
+    more, more_parts = ratio_lines(against, reference.row, key)
+    return Cell((*lines, *more), "value", parts | more_parts)
+
+
+def figure_lines(figure: Interval, name: str, scale: float = 1.0) -> tuple[list[str], dict[str, Number | str]]:
+    """A figure's value and interval as lines, and as CSV parts `name`, `name_low`, `name_high`."""
+    value = figure.value * scale
+    if figure.low is None or figure.high is None:
+        why = points_text(_scaled(figure, scale)) or short_kind(figure.kind)
+        return [number(value), why], {name: value, f"{name}_low": why, f"{name}_high": why}
+    low, high = figure.low * scale, figure.high * scale
+    return [number(value), span(value, low, high)], {name: value, f"{name}_low": low, f"{name}_high": high}
+
+
+def _scaled(figure: Interval, scale: float) -> Interval:
+    return Interval(figure.value * scale, None, None, figure.kind, tuple(point * scale for point in figure.points))
+
+
+def ratio_lines(against: Ratio | Missing, name: str, key: str) -> tuple[list[str], dict[str, Number | str]]:
+    """A ratio to the row `name` as lines with its verdict, and as CSV parts `key_ratio`, ..., `key_verdict`."""
+    columns = (f"{key}_ratio", f"{key}_ratio_low", f"{key}_ratio_high", f"{key}_verdict")
+    if isinstance(against, Missing):
+        reason = f"no ratio: {name}: {against.reason}"
+        return [reason], dict.fromkeys(columns, reason)
+    head = f"{number(against.value)} × {name}"
+    if against.low is None or against.high is None:
+        return [head, against.verdict], {
+            columns[0]: against.value, columns[1]: against.kind, columns[2]: against.kind, columns[3]: against.verdict
+        }  # fmt: skip
+    values = (against.value, against.low, against.high, against.verdict)
+    return [head, span(against.value, against.low, against.high), against.verdict], dict(
+        zip(columns, values, strict=True)
+    )
+
+
+def setup(found: RowResult) -> Cell:
+    """What was trained here: parameters, image size, batch, optimizer, precision."""
+    if found.why_nothing and not found.runs:
+        return missing(found.why_nothing)
+    record = next((run.record for run in found.finished), found.runs[0].record)
+    config, lines = record.config, []
+    if record.cost:
+        text = f"{number(record.cost.trainable_parameters / 1e6)} M trainable"
+        if record.cost.projector_parameters:
+            text += f", {number(record.cost.projector_parameters / 1e6)} M frozen projector"
+        lines.append(text)
+    recipe = config.get("recipe") or {}
+    described = [
+        f"{config['image_size']} px" if "image_size" in config else "",
+        f"batch {recipe['batch_size']}" if "batch_size" in recipe else "",
+        str((recipe.get("optimizer") or {}).get("name", "")),
+        str(config.get("precision", "")),
+        f"{record.num_steps} steps",
+    ]
+    lines.append(", ".join(text for text in described if text))
+    return Cell(tuple(lines), "label", {"setup": ", ".join(lines)})
+
+
+def mask_ratio_cell(found: RowResult) -> Cell:
+    """The mask ratio of the first and the last step."""
+    if found.why_nothing:
+        return missing(found.why_nothing)
+    if found.mask_range is None:
+        return label("no mask") if any(run.steps for run in found.finished) else missing("not measured: no steps.csv")
+    first, last = found.mask_range
+    lines = (number(first),) if first == last else (number(first), f"to {number(last)}")
+    return Cell(lines, "value", {"mask_ratio_first": first, "mask_ratio_last": last})
+
+
+def mask_levels_cell(found: RowResult) -> Cell:
+    """Mask levels, or the row's own number of diffusion steps where its options name one."""
+    if found.why_nothing:
+        return missing(found.why_nothing)
+    for run in found.finished:
+        for key, value in (run.record.config.get("options") or {}).items():
+            if key in ("num_timesteps", "num_train_timesteps", "timesteps", "diffusion_steps"):
+                return Cell((str(value),), "value", {"mask_levels": value})
+    if found.mask_range is None:
+        return label("no mask; the record names no number of timesteps")
+    levels = found.mask_levels
+    return missing("not measured: token counts were not recorded") if levels is None else Cell(
+        (f"{levels} mask levels",), "value", {"mask_levels": levels}
+    )  # fmt: skip
+
+
+def share_cell(found: RowResult, share: float | None, name: str) -> Cell:
+    """A share of the step as a percentage; the CSV holds the share itself."""
+    if found.why_nothing:
+        return missing(found.why_nothing)
+    if share is None:
+        return missing(f"not measured: {found.recorded_reason(name, 'phases')}")
+    return Cell((percent(share),), "value", {name: share})
+
+
+def shares_cell(found: RowResult) -> Cell:
+    """The projector's share of the step and the stall's."""
+    projector = found.share(lambda phases: phases.projector_share)
+    stall = found.share(lambda phases: phases.stall_share)
+    if found.why_nothing or projector is None or stall is None:
+        return share_cell(found, None, "phases")
+    return two_shares(projector, stall)
+
+
+def two_shares(projector: float, stall: float) -> Cell:
+    """Projector and stall in one cell."""
+    lines = (percent(projector), f"stall {percent(stall)}")
+    return Cell(lines, "value", {"projector_share": projector, "stall_share": stall})
+
+
+def decreases_cell(found: RowResult) -> Cell:
+    """N, the step of t90 and the mask ratio there; several seeds: the range."""
+    if found.why_nothing:
+        return missing(found.why_nothing)
+    windows = [e for e in found.efficiencies if e.window_steps is not None]
+    if not windows:
+        reasons = [e.window_reason for e in found.efficiencies if e.window_reason]
+        return missing(reasons[0] if reasons else f"not measured: {found.recorded_reason('efficiency')}")
+    counts = [e.headline.num_decreases or 0.0 for e in windows]
+    steps = [e.window_steps or 0 for e in windows]
+    ratios = [e.mask_ratio_at_t90 for e in windows if e.mask_ratio_at_t90 is not None]
+    lines = [range_text(counts), f"t90: step {range_text(steps)}"]
+    lines.append(f"mask {range_text(ratios)}" if ratios else "no mask")
+    return Cell(
+        tuple(lines),
+        "value",
+        {
+            "num_decreases": fmean(counts),
+            "t90_step": fmean(steps),
+            "mask_ratio_at_t90": fmean(ratios) if ratios else "no mask",
+        },
+    )
+
+
+def range_text(values: Sequence[float] | Sequence[int]) -> str:
+    """Smallest to largest, once where they are equal."""
+    texts = [number(round(value, 6)) if value % 1 else str(int(value)) for value in (min(values), max(values))]
+    return texts[0] if texts[0] == texts[1] else f"{texts[0]} to {texts[1]}"

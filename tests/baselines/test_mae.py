@@ -1,0 +1,81 @@
+"""MAE as a method."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from baselines.mae import MAE, MAEConfig
+from lmd_bench.errors import ConfigError
+from lmd_bench.method import DataSpec
+from lmd_bench.testing import check_method
+
+TINY = {
+    "encoder_width": 48,
+    "encoder_depth": 2,
+    "encoder_heads": 3,
+    "decoder_width": 32,
+    "decoder_depth": 2,
+    "decoder_heads": 2,
+}
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_mae_keeps_the_contract(normalize: bool) -> None:
+    config = MAEConfig(patch_size=8, normalize_targets=normalize, **TINY)
+    check_method(MAE, config, DataSpec(32), overfit_steps=100, overfit_share=0.6, learning_rate=3e-3)
+
+
+def test_visible_patches_come_back_as_they_were() -> None:
+    torch.manual_seed(0)
+    method = MAE(MAEConfig(patch_size=8, **TINY), DataSpec(64)).eval()
+    images, mask = torch.rand(3, 3, 64, 64), torch.rand(3, 4, 4) > 0.25
+    mask[:, 0, 0] = False
+    hidden = mask.repeat_interleave(16, 1).repeat_interleave(16, 2).unsqueeze(1).expand_as(images)
+    reconstruction = method.reconstruct(images, mask)
+    torch.testing.assert_close(reconstruction[~hidden], images[~hidden], rtol=0, atol=1e-6)
+    assert (reconstruction - images)[hidden].abs().mean() > 0.05
+
+
+def test_one_step_keeps_int_of_the_visible_share() -> None:
+    method = MAE(MAEConfig(patch_size=8, **TINY), DataSpec(64))
+    output = method.training_step(torch.rand(2, 3, 64, 64), step=1, total_steps=10)
+    assert output.scalars == {"mask_ratio": 0.75, "tokens": 16.0}
+    assert method.num_tokens_at(1, 10) == 16
+
+
+def test_a_patch_that_does_not_cut_the_images_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"patch_size: 16 does not cut images of 100 x 100; possible: 1, 2, 4, 5"):
+        MAE.check(MAEConfig(), DataSpec(100))
+
+
+def test_normalised_targets_cannot_take_the_yardstick() -> None:
+    config = MAEConfig(patch_size=8, normalize_targets=True, **TINY)
+    assert MAE.yardstick_obstacle(config) == "normalised targets"
+    with pytest.raises(ConfigError, match="normalised targets"):
+        MAE(config, DataSpec(32)).reconstruct(torch.rand(1, 3, 32, 32), torch.zeros(1, 4, 4, dtype=torch.bool))
+
+
+def test_the_published_model_has_its_parameters_shapes_and_flops() -> None:
+    with torch.device("meta"):
+        method = MAE(MAEConfig(), DataSpec(224))
+        assert sum(p.numel() for p in method.parameters()) == 111_907_840
+        assert sum(p.numel() for p in method.parameters() if p.requires_grad) == 111_655_680
+        with FlopCounterMode(display=False) as counter:
+            output = method.training_step(torch.empty(2, 3, 224, 224), step=1, total_steps=2)
+            output.loss.backward()
+    assert output.loss.shape == ()
+    # 2 x multiply-adds of a forward pass, by hand; the backward pass costs twice that
+    encoder = 12 * (24 * 50 * 768**2 + 4 * 50**2 * 768) + 2 * 49 * 768**2
+    decoder = 7 * (24 * 197 * 512**2 + 4 * 197**2 * 512) + 2 * 50 * 768 * 512
+    last = (4 * 197 + 20 * 147) * 512**2 + 4 * 197 * 147 * 512 + 2 * 147 * 512 * 768
+    assert counter.get_total_flops() == pytest.approx(3 * 2 * (encoder + decoder + last), rel=0.01)
+
+
+def test_official_weights_come_back_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    state = MAE(MAEConfig(patch_size=8, **TINY), DataSpec(64)).to_official()
+    method = MAE.from_official(state, encoder_heads=3, decoder_heads=2)
+    assert method.data.image_size == 64
+    back = method.to_official()
+    assert list(back) == list(state)
+    assert all(torch.equal(back[key], state[key]) for key in state)

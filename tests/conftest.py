@@ -1,0 +1,3 @@
+"""Before any test module imports torchvision, its guard has to be in place."""
+
+import lmd_bench  # noqa: F401

@@ -1,0 +1,219 @@
+"""The training loop: what it does to weights, losses and rows, whatever the time it takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+import torch
+from helpers.methods import Tiny, TinyConfig
+
+from lmd_bench.config import LearningRateConfig, OptimizerConfig, RecipeConfig
+from lmd_bench.errors import TrainingError
+from lmd_bench.harness.loop import Trainer, TrainOptions, TrainResult, untimed_schedule
+from lmd_bench.harness.optim import WeightAverage, build_optimizer, lr_at, peak_lr, set_lr
+from lmd_bench.harness.seeding import derive_seed, reseed
+from lmd_bench.harness.timer import CpuClock
+from lmd_bench.method import Batch, DataSpec
+from lmd_bench.records import STEP_COLUMNS
+
+CPU = torch.device("cpu")
+
+
+class RandomImages:
+    """Batches that depend on (seed, step) alone."""
+
+    def batches(self, batch_size: int, seed: int, start_step: int = 1) -> Generator[Batch, None, None]:
+        step = start_step
+        while True:
+            generator = torch.Generator().manual_seed(seed * 1000 + step)
+            yield Batch(torch.rand(batch_size, 3, 16, 16, generator=generator))
+            step += 1
+
+
+def recipe(**changes: Any) -> RecipeConfig:
+    values: dict[str, Any] = {
+        "batch_size": 4,
+        "optimizer": OptimizerConfig(),
+        "lr": LearningRateConfig(base=1e-2, per_images=None),
+        **changes,
+    }
+    return RecipeConfig.model_validate(values)
+
+
+def tiny(**options: Any) -> Tiny:
+    reseed(CPU, 0, "weights")
+    return Tiny(TinyConfig.model_validate(options), DataSpec(16))
+
+
+def train(method: Tiny, **changes: Any) -> tuple[TrainResult, list[tuple[object, ...]], list[tuple[int, float]]]:
+    rows: list[tuple[object, ...]] = []
+    checks: list[tuple[int, float]] = []
+    values: dict[str, Any] = {
+        "recipe": recipe(),
+        "steps": 20,
+        "lr_warmup_steps": 0,
+        "untimed_steps": 0,
+        "seed": 3,
+        "device": CPU,
+        "log_every_steps": 8,
+        **changes,
+    }
+    trainer = Trainer(method, RandomImages(), TrainOptions(**values), CpuClock())
+    result = trainer.run(rows.extend, lambda step, s: checks.append((step, s)), lambda *_: None)
+    return result, rows, checks
+
+
+def test_the_same_seed_gives_the_same_losses_bit_for_bit_and_another_seed_does_not() -> None:
+    first, _, _ = train(tiny())
+    again, _, _ = train(tiny())
+    other, _, _ = train(tiny(), seed=4)
+    assert first.losses == again.losses
+    assert first.losses != other.losses
+
+
+def test_untimed_steps_leave_no_trace_in_what_is_learned() -> None:
+    without, rows, _ = train(tiny())
+    with_untimed, more_rows, _ = train(tiny(), untimed_steps=5)
+    assert with_untimed.losses == without.losses
+    assert [row[0] for row in more_rows[:5]] == [-5, -4, -3, -2, -1]
+    assert [row[1] for row in more_rows] == [0] * 5 + [1] * 20
+    assert [row[:6] for row in more_rows[5:]] == [row[:6] for row in rows]
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "adan"])
+def test_untimed_steps_leave_no_trace_with_any_optimizer_or_average(name: str) -> None:
+    betas = (0.98, 0.92, 0.99) if name == "adan" else (0.9, 0.95)
+    chosen = recipe(optimizer={"name": name, "betas": betas}, ema_decay=0.9, clip_grad_norm=0.1)
+    without, with_untimed = tiny(), tiny()
+    train(without, recipe=chosen)
+    train(with_untimed, recipe=chosen, untimed_steps=3)
+    for left, right in zip(without.parameters(), with_untimed.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_rows_hold_every_step_once_with_phases_that_add_up() -> None:
+    result, rows, _ = train(tiny(), lr_warmup_steps=5)
+    assert [row[0] for row in rows] == list(range(1, 21))
+    assert all(len(row) == len(STEP_COLUMNS) for row in rows)
+    table = [dict(zip(STEP_COLUMNS, row, strict=True)) for row in rows]
+    assert [row["loss"] for row in table] == result.losses
+    assert table[0]["lr"] == 0.0
+    assert table[5]["lr"] == pytest.approx(1e-2)
+    assert table[19]["mask_ratio"] == pytest.approx(0.5)
+    assert table[19]["tokens"] == 5
+    for row in table:
+        phases = [row[f"{name}_ms"] for name in ("data", "projector", "forward", "backward", "optimizer")]
+        assert sum(phases) == pytest.approx(row["period_ms"])
+
+
+def test_the_account_of_a_run_with_checks_adds_up() -> None:
+    result, _, checks = train(tiny(), check_steps=frozenset({0, 10, 20}), steps=20)
+    assert [step for step, _ in checks] == [0, 10, 20]
+    assert checks[0][1] == 0.0
+    assert checks[1][1] < checks[2][1] <= result.wall.train_s + 1e-9
+    assert set(result.wall.pauses_s) == {"evaluation", "log"}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_at_its_step_and_keeps_the_rows_before() -> None:
+    rows: list[tuple[object, ...]] = []
+    options = TrainOptions(
+        recipe=recipe(), steps=20, lr_warmup_steps=0, untimed_steps=0, seed=0, device=CPU, log_every_steps=8
+    )
+    trainer = Trainer(tiny(nan_at=11), RandomImages(), options, CpuClock())
+    with pytest.raises(TrainingError, match="step 11: the loss is nan"):
+        trainer.run(rows.extend, lambda *_: None, lambda *_: None)
+    assert [row[0] for row in rows] == list(range(1, 12))
+    assert math.isnan(float(rows[-1][2]))  # type: ignore[arg-type]
+
+
+def test_checks_see_the_moving_average_and_training_goes_on_with_the_weights() -> None:
+    chosen = recipe(ema_decay=0.9)
+    method = tiny()
+    options = TrainOptions(
+        recipe=chosen,
+        steps=4,
+        lr_warmup_steps=0,
+        untimed_steps=0,
+        seed=0,
+        device=CPU,
+        check_steps=frozenset({4}),
+    )
+    trainer = Trainer(method, RandomImages(), options, CpuClock())
+    seen: list[torch.Tensor] = []
+    first = next(method.parameters())
+    trainer.run(lambda _: None, lambda *_: seen.append(first.detach().clone()), lambda *_: None)
+    assert not torch.equal(seen[0], first)
+    with trainer.averaged():
+        assert torch.equal(seen[0], first)
+
+
+def test_the_moving_average_follows_its_formula() -> None:
+    module = torch.nn.Linear(2, 1, bias=False)
+    module.weight.data.fill_(1.0)
+    average = WeightAverage(module, 0.75)
+    for value in (2.0, 4.0):
+        module.weight.data.fill_(value)
+        average.update()
+    with average.applied():
+        assert module.weight.data[0, 0] == pytest.approx((1 * 0.75 + 2 * 0.25) * 0.75 + 4 * 0.25)
+    assert module.weight.data[0, 0] == 4.0
+
+
+def test_gradients_are_clipped_to_the_recipes_norm() -> None:
+    sgd_like = recipe(optimizer={"name": "adamw", "betas": (0.0, 0.0), "weight_decay": 0.0}, clip_grad_norm=1e-12)
+    clipped, free = tiny(), tiny()
+    start = [p.detach().clone() for p in clipped.parameters()]
+    train(clipped, recipe=sgd_like, steps=1)
+    train(free, recipe=sgd_like.model_copy(update={"clip_grad_norm": None}), steps=1)
+    moved = [float((p.detach() - s).abs().max()) for p, s in zip(clipped.parameters(), start, strict=True)]
+    moved_freely = [float((p.detach() - s).abs().max()) for p, s in zip(free.parameters(), start, strict=True)]
+    assert max(moved) < 1e-2 * max(moved_freely)  # gradients of 1e-12 drown in AdamW's eps of 1e-8
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(1, 0.0), (2, 0.1), (11, 1.0), (61, 0.5 + 0.05), (110, 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.99)))],
+)
+def test_the_learning_rate_rises_linearly_from_zero_and_falls_along_half_a_cosine(step: int, expected: float) -> None:
+    chosen = recipe(lr={"base": 1.0, "per_images": None, "minimum": 0.1})
+    assert lr_at(chosen, step, 110, 10) == pytest.approx(expected)
+
+
+def test_the_learning_rate_scales_with_the_batch_and_layer_decay_is_honoured() -> None:
+    chosen = recipe(lr={"base": 1.5e-4, "per_images": 256}, batch_size=4096)
+    assert peak_lr(chosen) == pytest.approx(2.4e-3)
+    assert lr_at(recipe(lr={"base": 1.0, "per_images": None, "schedule": "constant"}), 99, 100, 0) == 1.0
+    optimizer = build_optimizer(tiny(), recipe())
+    optimizer.param_groups[0]["lr_scale"] = 0.5
+    set_lr(optimizer, 0.2)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
+
+
+def test_untimed_steps_are_spread_over_the_schedule_and_cover_every_length_when_compiling() -> None:
+    options = TrainOptions(recipe=recipe(), steps=100, lr_warmup_steps=0, untimed_steps=3, seed=0, device=CPU)
+    method = tiny()
+    assert untimed_schedule(method, options) == [1, 51, 100]
+    compiled = TrainOptions(**{**vars(options), "compile": True})
+    lengths = {method.num_tokens_at(step, 100) for step in untimed_schedule(method, compiled)}
+    assert lengths == {method.num_tokens_at(step, 100) for step in range(1, 101)}
+
+
+def test_seeds_differ_by_purpose_and_step_and_reseeding_repeats() -> None:
+    seeds = {derive_seed(seed, purpose, step) for seed in (0, 1) for purpose in ("a", "b") for step in range(50)}
+    assert len(seeds) == 200
+    reseed(CPU, 1, "step", 7)
+    first = torch.rand(3)
+    reseed(CPU, 1, "step", 7)
+    assert torch.equal(first, torch.rand(3))
+
+
+def test_bf16_trains_under_autocast_and_keeps_the_weights_in_fp32() -> None:
+    method = tiny()
+    result, _, _ = train(method, precision="bf16")
+    exact, _, _ = train(tiny())
+    assert all(p.dtype == torch.float32 for p in method.parameters())
+    assert result.losses != exact.losses
+    assert result.losses == pytest.approx(exact.losses, rel=0.1)

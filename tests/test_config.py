@@ -1,0 +1,206 @@
+"""Suites as values: what is refused, and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmd_bench.config import (
+    RunConfig,
+    Suite,
+    apply_settings,
+    find_suites,
+    load_suite,
+    merge,
+    parse_suite,
+    read_suite_values,
+    save_suite,
+    shipped_suites,
+)
+from lmd_bench.errors import ConfigError
+
+
+def demo(**changes: Any) -> dict[str, Any]:
+    return merge(read_suite_values("demo"), changes)
+
+
+def refusal(values: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_suite(values, "suite demo")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", shipped_suites())
+def test_every_shipped_suite_is_valid_and_says_where_its_recipes_come_from(name: str) -> None:
+    suite = load_suite(name)
+    assert suite.name == name
+    assert all(recipe.source for recipe in suite.recipes.values())
+    assert suite.reference in suite.methods
+
+
+def test_the_demo_has_the_six_rows() -> None:
+    assert list(load_suite("demo").methods) == ["lmd-us", "lmd-ps", "lmd-cs", "lmd-cs-adan", "mae", "ddpm"]
+
+
+def test_in1k_and_ablation_have_every_row_of_tables_1_2_and_5() -> None:
+    rows = {row.published for row in load_suite("in1k").methods.values()}
+    assert rows == {"MAE", "SimMIM", "GreenMIM", "UM-MAE", "LMD-PS", "LMD-CS"}
+    rows = {row.published for row in load_suite("ablation").methods.values()}
+    assert rows == {"LMD", "w/o LSP", "w/o MAE", "w/o MDS"}
+
+
+@pytest.mark.parametrize(("row", "changed"), [("wo-mds", {"mask_schedule"}), ("wo-lsp", {"projector", "patch_size"})])
+def test_an_ablation_differs_from_its_base_only_in_what_it_names(row: str, changed: set[str]) -> None:
+    suite = load_suite("ablation")
+    base, ablated = suite.methods["lmd-cs"], suite.methods[row]
+    keys = {*base.options, *ablated.options}
+    assert {key for key in keys if base.options.get(key) != ablated.options.get(key)} == changed
+    assert (base.method, base.recipe, base.image_size) == (ablated.method, ablated.recipe, ablated.image_size)
+
+
+def test_unknown_keys_are_refused_with_a_near_match_at_any_depth() -> None:
+    values = demo(stepps=3)
+    values["recipes"]["equal"]["lr"]["bse"] = 1.0
+    values["methods"]["mae"]["recipee"] = "equal"
+    message = refusal(values)
+    assert "suite demo: stepps: unknown key; did you mean 'steps'?" in message
+    assert "suite demo: recipes.equal.lr.bse: unknown key; did you mean 'base'?" in message
+    assert "suite demo: methods.mae.recipee: unknown key; did you mean 'recipe'?" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"steps": "many"}, "steps: Input should be a valid integer, unable to parse string as an integer, got 'many'"),
+        ({"steps": None}, "give either steps or epochs"),
+        ({"epochs": 2}, "give either steps or epochs"),
+        ({"seeds": [1, 1]}, r"seeds must differ, got [1, 1]"),
+        ({"reference": "mea"}, "reference: no row 'mea'; did you mean 'mae'?"),
+        ({"data": {"num_train": None}}, "data.num_train must say how many"),
+        ({"data": {"name": "imagenet"}}, "data.name: Input should be 'scenes' or 'folder', got 'imagenet'"),
+        ({"methods": {"mae": {"recipe": "equl"}}}, "methods.mae.recipe: no recipe 'equl'; did you mean 'equal'?"),
+        ({"evaluation": {"targets": [{"fraction": 0.5, "of": "x"}]}}, "evaluation.targets.0.of: no row 'x'"),
+        ({"recipes": {"equal": {"optimizer": {"name": "adan"}}}}, "optimizer adan needs 3 betas in [0, 1)"),
+        ({"recipes": {"equal": {"lr_warmup_epochs": 1}}}, "give one of lr_warmup_steps, lr_warmup_epochs"),
+        ({"recipes": {"equal": {"augmentation": {"scale": [1, 0.2]}}}}, "augmentation.scale must be two numbers"),
+        ({"precision": "fp8"}, "precision: Input should be 'fp32' or 'bf16', got 'fp8'"),
+    ],
+)
+def test_values_that_cannot_be_used_are_refused_by_name(changes: dict[str, Any], words: str) -> None:
+    assert words in refusal(demo(**changes))
+
+
+def test_an_unknown_suite_and_a_missing_file_are_named() -> None:
+    with pytest.raises(ConfigError, match="no suite 'dmeo'; did you mean 'demo'"):
+        read_suite_values("dmeo")
+    with pytest.raises(ConfigError, match=r"--suite no\.yaml: no such file"):
+        read_suite_values("no.yaml")
+
+
+def test_a_users_suite_may_extend_a_shipped_one(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: demo\nname: mine\nsteps: 7\nmethods: {ddpm: null, mae: {options: {mask_ratio: 0.5}}}\n")
+    suite = load_suite(str(path))
+    assert (suite.name, suite.steps) == ("mine", 7)
+    assert "ddpm" not in suite.methods
+    assert suite.methods["mae"].options["mask_ratio"] == 0.5
+    assert suite.methods["mae"].options["patch_size"] == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [1\n", "not valid YAML"),
+        ("- 1\n", "a suite is a mapping"),
+        ("extends: 3\n", "extends: name one suite"),
+    ],
+)
+def test_a_file_that_is_no_suite_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load_suite(str(path))
+
+
+def test_a_suite_that_extends_itself_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "loop.yaml"
+    path.write_text(f"extends: {path}\n")
+    with pytest.raises(ConfigError, match="extends itself"):
+        load_suite(str(path))
+
+
+def changed(*settings: str) -> Suite:
+    options = {"mae": ["mask_ratio", "mlp_ratio"], "lmd-cs": ["projector.scale"]}
+    return parse_suite(apply_settings(read_suite_values("demo"), settings, options), "--set")
+
+
+def test_set_changes_values_and_options_the_suite_does_not_mention() -> None:
+    suite = changed("steps=7", "methods.mae.options.mlp_ratio=2", "methods.lmd-*.options.patch_size=4", "seeds=[1, 2]")
+    assert suite.steps == 7
+    assert suite.seeds == (1, 2)
+    assert suite.methods["mae"].options["mlp_ratio"] == 2
+    assert {row.options["patch_size"] for name, row in suite.methods.items() if name.startswith("lmd")} == {4}
+
+
+def test_set_reaches_nested_options() -> None:
+    assert changed("methods.lmd-cs.options.projector.scale=2.5").methods["lmd-cs"].options["projector"]["scale"] == 2.5
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("data.image_sise=3", "no key 'data.image_sise'; did you mean 'data.image_size'"),
+        ("methods.mae.options.mask_ration=0.5", "did you mean 'methods.mae.options.mask_ratio'"),
+        ("steps", "write it as dotted.key=value"),
+        ("steps=[1", "not valid YAML"),
+        ("steps=many", "unable to parse string as an integer, got 'many'"),
+    ],
+)
+def test_set_on_a_wrong_key_or_with_a_wrong_value_is_refused(setting: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        changed(setting)
+    assert words in str(caught.value)
+
+
+def test_the_suite_beside_its_records_reads_back_equal(tmp_path: Path) -> None:
+    suite = load_suite("demo")
+    save_suite(tmp_path / "demo", suite)
+    assert find_suites(tmp_path) == [(tmp_path / "demo", suite)]
+    assert find_suites(tmp_path / "demo") == [(tmp_path / "demo", suite)]
+
+
+def test_a_folder_without_records_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no records"):
+        find_suites(tmp_path)
+    with pytest.raises(ConfigError, match="no such folder"):
+        find_suites(tmp_path / "nowhere")
+
+
+def test_the_digest_changes_with_what_is_computed_and_not_with_names() -> None:
+    suite = load_suite("demo")
+    values: dict[str, Any] = {
+        "suite": "demo",
+        "row": "mae",
+        "label": "MAE",
+        "method": "mae",
+        "options": {},
+        "image_size": 64,
+        "data": suite.data,
+        "recipe": suite.recipes["equal"],
+        "steps": 3,
+        "lr_warmup_steps": 0,
+        "untimed_steps": 0,
+        "precision": "fp32",
+        "compile": False,
+        "seed": 0,
+        "device": "cpu",
+        "log_every_steps": 50,
+        "evaluation": suite.evaluation,
+        "estimator": suite.estimator,
+    }
+    base = RunConfig(**values)
+    assert base.digest() == RunConfig(**{**values, "label": "Other"}).digest()
+    assert base.digest() != RunConfig(**{**values, "steps": 4}).digest()
+    assert base.digest() != RunConfig(**{**values, "options": {"patch_size": 8}}).digest()

@@ -71,7 +71,10 @@ def _errors() -> Console:
 
 
 def _console() -> Console:
-    return Console()
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # a pipe or file has no width of its own; rich would take 80 and fold the tables
+    return console
 
 
 def _say(text: str = "") -> None:

@@ -17,7 +17,8 @@ _OCTAVES = (4, 8, 16, 32, 64, 128, 256)  # cells across the image
 
 def pixel_centers(size: int, device: torch.device) -> Tensor:
     """Coordinates of pixel centers along one axis in image widths, float32 (size,)."""
-    return (torch.arange(size, dtype=torch.float32, device=device) + 0.5) / size
+    # A product, not a quotient: CUDA divides by a number through its reciprocal, which rounds in another way.
+    return (torch.arange(size, dtype=torch.float32, device=device) + 0.5) * (1.0 / size)
 
 
 def _octave(lattice: Tensor, centers: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lmd_bench.data._scene_random import scene_keys, uniform
-from lmd_bench.data._seeds import derive_seed
+from lmd_bench.seeding import derive_seed
 
 _FLIP_STREAM, _CROP_STREAM = 1, 2
 _TRIES = 10

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmd_bench.config import DataConfig
-from lmd_bench.data._seeds import derive_seed
 from lmd_bench.data.decode import EXTENSIONS, ImageFileError, decode
 from lmd_bench.errors import DataError
+from lmd_bench.seeding import derive_seed
 
 CHECK_ALL_UP_TO = 5_000
 """Folders with at most this many images have every file decoded once before anything runs."""

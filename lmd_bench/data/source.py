@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lmd_bench.config import AugmentationConfig, DataConfig
-from lmd_bench.data._seeds import derive_seed
 from lmd_bench.data.augment import (
     augmentation_keys,
     epoch_order,
@@ -26,6 +25,7 @@ from lmd_bench.data.folders import FolderIndex, require_batch, scan_folder
 from lmd_bench.data.scenes import CLASSES, Scenes
 from lmd_bench.errors import DataError
 from lmd_bench.method import Batch, Method
+from lmd_bench.seeding import derive_seed
 
 Collate = Callable[[list[tuple[Tensor, int | None]], torch.Generator], Mapping[str, Tensor]]
 """`Method.collate`, bound."""
@@ -69,7 +69,7 @@ class BatchSource(ABC):
     _collate: Collate | None = None
 
     def with_collate(self, collate: Collate) -> Self:
-        """The same images with a method's own `collate` (bound); that of the base class, which makes nothing, is left out."""
+        """The same images with a method's bound `collate`; the base class's, which makes nothing, is not called."""
         other = copy.copy(self)
         other._collate = _own_collate(collate)
         return other

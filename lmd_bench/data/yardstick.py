@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from lmd_bench.data._scene_random import scene_keys, uniform
-from lmd_bench.data._seeds import derive_seed
 from lmd_bench.errors import ConfigError
+from lmd_bench.nn.masking import pixel_mask
+from lmd_bench.seeding import derive_seed
 
 
 def yardstick_masks(num_images: int, image_size: int, unit_px: int, keep: float, seed: int = 0) -> Tensor:
@@ -37,30 +38,11 @@ def yardstick_masks(num_images: int, image_size: int, unit_px: int, keep: float,
     return hidden.view(num_images, side, side)
 
 
-def mask_to_pixels(mask: Tensor, image_size: int) -> Tensor:
-    """Units as pixels: bool (B, g, g) -> bool (B, 1, image_size, image_size)."""
-    if image_size % mask.shape[-1]:
-        raise ConfigError(f"a mask of {mask.shape[-1]} units a side does not tile images of {image_size} px")
-    unit = image_size // mask.shape[-1]
-    return mask.repeat_interleave(unit, dim=-2).repeat_interleave(unit, dim=-1).unsqueeze(1)
-
-
 def hide(images: Tensor, mask: Tensor) -> Tensor:
     """Images (B, 3, S, S) with hidden pixels set to 0, whatever they held."""
-    return images.masked_fill(mask_to_pixels(mask, images.shape[-1]), 0.0)
+    return images.masked_fill(pixel_mask(mask, images.shape[-1]), 0.0)
 
 
 def paste(filled: Tensor, images: Tensor, mask: Tensor) -> Tensor:
     """The composite (B, 3, S, S): `filled` where hidden, `images` where visible."""
-    return torch.where(mask_to_pixels(mask, images.shape[-1]), filled, images)
-
-
-def fill_mean_visible(images: Tensor, mask: Tensor) -> Tensor:
-    """Images (B, 3, S, S) with hidden pixels set to the mean colour of the image's visible ones.
-
-    Hidden pixels do not influence the result, not even where they are not finite. Every image needs a visible unit.
-    """
-    hidden = mask_to_pixels(mask, images.shape[-1])
-    num_visible = (~hidden).sum(dim=(2, 3), keepdim=True)
-    mean = images.masked_fill(hidden, 0.0).sum(dim=(2, 3), keepdim=True) / num_visible
-    return torch.where(hidden, mean, images)
+    return torch.where(pixel_mask(mask, images.shape[-1]), filled, images)

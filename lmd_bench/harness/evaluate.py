@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from lmd_bench.config import EvaluationConfig
-from lmd_bench.data.yardstick import fill_mean_visible, hide, paste, yardstick_masks
+from lmd_bench.data.yardstick import hide, paste, yardstick_masks
 from lmd_bench.errors import TrainingError
 from lmd_bench.harness.seeding import reseed
 from lmd_bench.method import Method
 from lmd_bench.metrics.image import psnr_hidden, ssim
+from lmd_bench.nn.masking import fill_with_visible_mean, pixel_mask
 from lmd_bench.records import Check, Yardstick
 
 Filler = Callable[[Tensor, Tensor], Tensor | None]
@@ -43,7 +44,7 @@ class YardstickRunner:
 
     def summary(self, method: Method) -> Yardstick:
         """All checks, and beside them the floor (mean colour), the projector's ceiling and the latent leak."""
-        floor = self._psnr(method, lambda images, mask: fill_mean_visible(images, mask))
+        floor = self._psnr(method, _fill_mean_colour)
         ceiling = self._psnr(method, lambda images, mask: method.round_trip(images))
         leaking = self._psnr(method, lambda images, mask: method.reconstruct_leaking(images, mask))
         return Yardstick(
@@ -85,6 +86,10 @@ class YardstickRunner:
     def _chunk(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         images = self._images[start:end].to(self._device).float() / 255
         return images, self._masks[start:end].to(self._device)
+
+
+def _fill_mean_colour(images: Tensor, mask: Tensor) -> Tensor:
+    return fill_with_visible_mean(images, pixel_mask(mask, images.shape[-1]))
 
 
 def check_steps(config: EvaluationConfig, steps: int) -> list[int]:

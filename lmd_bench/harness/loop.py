@@ -192,6 +192,8 @@ class Trainer:
             self.average = WeightAverage(self.method, self.options.recipe.ema_decay or 0.0)
         compile_s = None
         if self.options.compile:
+            if count_recompilations() == 0:
+                raise TrainingError("--compile: torch.compile compiled nothing of this method; run it without")
             periods = sorted(step_times.period_ms for step_times in times)
             compile_s = wall_s - len(periods) * periods[len(periods) // 2] / 1e3
         return wall_s, compile_s
@@ -252,7 +254,8 @@ def compile_method(method: Method, steps: int) -> None:
     torch._dynamo.utils.counters.clear()
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for module in method.compiled_modules():
-        module.compile()
+        # not module.compile(): that leaves torch's own containers, such as nn.Sequential, uncompiled without a word
+        module.forward = torch.compile(module.forward)
 
 
 def count_recompilations() -> int:

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-from typing import TYPE_CHECKING
+import torch
 
-if TYPE_CHECKING:
-    import torch
-
-
-def derive_seed(seed: int, purpose: str, step: int = 0) -> int:
-    """A 63-bit seed from the run's seed, what it is for, and a step."""
-    digest = hashlib.blake2b(f"{seed}/{purpose}/{step}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+from lmd_bench.seeding import derive_seed
 
 
 def reseed(device: torch.device, seed: int, purpose: str, step: int = 0) -> None:
@@ -21,9 +13,7 @@ def reseed(device: torch.device, seed: int, purpose: str, step: int = 0) -> None
     The generators are seeded directly: `torch.manual_seed` formats a stack trace on every call while CUDA is not
     initialised, which costs more than everything else the harness does in a step.
     """
-    import torch
-
-    value = derive_seed(seed, purpose, step)
+    value = derive_seed(purpose, seed, step)
     torch.default_generator.manual_seed(value)
     if device.type == "cuda":
         index = device.index if device.index is not None else torch.cuda.current_device()

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lmd_bench.data.yardstick import mask_to_pixels
 from lmd_bench.errors import DataError
+from lmd_bench.nn.masking import pixel_mask
 
 PSNR_CAP_DB = 100.0
 """PSNR of equal images, and the most that is ever reported: a mean over images stays finite."""
@@ -22,7 +22,7 @@ def psnr_hidden(filled: Tensor, images: Tensor, mask: Tensor) -> Tensor:
     count. Raises DataError for values outside [0, 1], other shapes, or an image without hidden pixels.
     """
     _require_pair(filled, images)
-    hidden = mask_to_pixels(mask, images.shape[-1])
+    hidden = pixel_mask(mask, images.shape[-1])
     count = hidden.sum(dim=(1, 2, 3)) * images.shape[1]
     if mask.shape[0] != images.shape[0] or not bool((count > 0).all()):
         raise DataError(f"PSNR: every one of {len(images)} images needs a mask with hidden units")

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import Self
 
 import torch
 from torch import Tensor, nn
+
+
+def _own_precision(device_type: str) -> AbstractContextManager[object]:
+    """Outside the loop's autocast; the meta device, on which FLOPs are counted, knows none."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 class LatentProjector(nn.Module, ABC):
@@ -41,7 +49,7 @@ class LatentProjector(nn.Module, ABC):
 
         Never part of a graph. (Not inference mode: its tensors could not enter a graph later.)
         """
-        with torch.autocast(images.device.type, enabled=False):
+        with _own_precision(images.device.type):
             return self._encode(images.float()).float().contiguous()
 
     def decode(self, latents: Tensor, *, quantize: bool = False) -> Tensor:
@@ -50,7 +58,7 @@ class LatentProjector(nn.Module, ABC):
         Gradients flow to the latents, not to the weights. quantize: replace latents by their nearest codebook vectors
         first; kinds without a codebook have nothing to replace.
         """
-        with torch.autocast(latents.device.type, enabled=False):
+        with _own_precision(latents.device.type):
             return self._decode(latents.float(), quantize=quantize).float().clamp(0.0, 1.0).contiguous()
 
     @abstractmethod

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from lmd_bench.errors import WeightsError
 
 SHIPPED_PREFIX = "shipped:"
-_WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+_SHARDED_INDEX = WEIGHTS_FILE + ".index.json"
 
 
 class ProjectorConfig(BaseModel):
@@ -71,7 +72,7 @@ def projector_folder(config: ProjectorConfig) -> Path:
     if not folder.is_dir():
         raise WeightsError(
             f"projector {path}: no such folder; give a diffusers AutoencoderKL folder, holding config.json and"
-            f" {_WEIGHT_FILES[0]}, or shipped:NAME"
+            f" {WEIGHTS_FILE}, or shipped:NAME"
         )
     return folder
 
@@ -101,9 +102,9 @@ def _kl_info(config: ProjectorConfig) -> ProjectorInfo:
     values = _read_model_config(folder)
     if values.get("_class_name") != "AutoencoderKL":
         raise WeightsError(f"projector {folder}: holds a {values.get('_class_name')}; kind 'kl' needs an AutoencoderKL")
-    if not any((folder / name).is_file() for name in _WEIGHT_FILES):
+    if not any((folder / name).is_file() for name in (WEIGHTS_FILE, _SHARDED_INDEX)):
         raise WeightsError(
-            f"projector {folder}: {_WEIGHT_FILES[0]} is missing; only safetensors are loaded, so save the model again"
+            f"projector {folder}: {WEIGHTS_FILE} is missing; only safetensors are loaded, so save the model again"
             " with safe_serialization=True"
         )
     channels, latent_channels = values.get("block_out_channels", [64]), values.get("latent_channels", 4)

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from lmd_bench.data.scenes import Scenes
 from lmd_bench.errors import ConfigError, TrainingError
+from lmd_bench.projector.config import WEIGHTS_FILE
 from lmd_bench.projector.kl import KLProjector, load_autoencoder
 
 HELD_OUT_START = 2**40
@@ -63,7 +64,9 @@ class KLTrainOptions:
                     f"projector train: {name} {getattr(self, name)} is not divisible by the factor {factor}"
                 )
         if not 0 < self.crop_size <= self.image_size:
-            raise ConfigError(f"projector train: crop_size {self.crop_size} must be from 1 to image_size")
+            raise ConfigError(
+                f"projector train: crop_size {self.crop_size} must be from 1 to image_size {self.image_size}"
+            )
         if not 0 < self.batch_size <= self.num_images or self.steps < 1 or self.num_held_out < 1:
             raise ConfigError("projector train: needs steps, num_held_out >= 1 and 1 <= batch_size <= num_images")
 
@@ -113,6 +116,7 @@ def train_kl(
     losses = _fit(model, images, options, log)
     normalise_latents(model, images[: 16 * options.num_held_out])
     model.to(memory_format=torch.contiguous_format).save_pretrained(out, safe_serialization=True)
+    (out / WEIGHTS_FILE).chmod(0o644)  # safetensors writes for the owner alone, which an installed package must not
     held_out = scenes.render(torch.arange(options.num_held_out) + HELD_OUT_START, device=device)
     report = _measure(out, images, held_out, losses, options)
     (out / "README.md").write_text(_readme(out, options, report), encoding="utf-8")
@@ -262,7 +266,7 @@ def _measure(out: Path, images: Tensor, held_out: Tensor, losses: list[float], o
         latent_mean=tuple(latents.mean((0, 2, 3)).tolist()),
         latent_std=tuple(latents.std((0, 2, 3)).tolist()),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        weights_bytes=(out / "diffusion_pytorch_model.safetensors").stat().st_size,
+        weights_bytes=(out / WEIGHTS_FILE).stat().st_size,
     )
 
 

@@ -195,8 +195,8 @@ class Drawing:
         if floors:
             axes.axhline(floors[0], color="#777777", linewidth=1, linestyle=(0, (2, 2)), zorder=1)
             axes.annotate(
-                "mean colour of what is visible: no learning", (0.995, floors[0]), fontsize=8, color="#555555",
-                xycoords=("axes fraction", "data"), xytext=(0, -10), textcoords="offset points", ha="right",
+                "mean colour of what is visible: no learning", (0.5, floors[0]), fontsize=8, color="#555555",
+                xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points", ha="center",
             )  # fmt: skip
         for target in self.suite.evaluation.targets:
             level = resolve(target, self.rows)

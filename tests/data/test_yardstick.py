@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmd_bench.data.yardstick import fill_mean_visible, hide, mask_to_pixels, paste, yardstick_masks
-from lmd_bench.errors import ConfigError
+from lmd_bench.data.yardstick import hide, paste, yardstick_masks
+from lmd_bench.errors import ConfigError, DataError
+from lmd_bench.nn.masking import fill_with_visible_mean, pixel_mask
 
 
 @given(st.sampled_from([(64, 16), (224, 32), (192, 32), (256, 16)]), st.floats(0.1, 0.9))
@@ -49,14 +50,14 @@ def test_sizes_that_do_not_tile_are_refused() -> None:
         yardstick_masks(1, 64, 24, 0.25)
     with pytest.raises(ConfigError, match="leaves 0 visible"):
         yardstick_masks(1, 64, 64, 0.25)
-    with pytest.raises(ConfigError, match="does not tile"):
-        mask_to_pixels(torch.zeros(1, 3, 3, dtype=torch.bool), 64)
+    with pytest.raises(DataError, match="g dividing the size"):
+        pixel_mask(torch.zeros(1, 3, 3, dtype=torch.bool), 64)
 
 
 def test_hide_paste_and_pixels_agree() -> None:
     images, filled = torch.rand(3, 3, 64, 64), torch.rand(3, 3, 64, 64)
     mask = yardstick_masks(3, 64, 16, 0.25)
-    pixels = mask_to_pixels(mask, 64)
+    pixels = pixel_mask(mask, 64)
     assert pixels.shape == (3, 1, 64, 64)
     assert pixels[1, 0, 16 * 2 + 5, 16 * 3 + 15] == mask[1, 2, 3]
     hidden = hide(images, mask)
@@ -68,9 +69,9 @@ def test_hide_paste_and_pixels_agree() -> None:
 
 def test_the_mean_colour_is_that_of_visible_pixels_whatever_is_hidden() -> None:
     mask = yardstick_masks(2, 64, 16, 0.25)
-    pixels = mask_to_pixels(mask, 64).expand(2, 3, 64, 64)
+    pixels = pixel_mask(mask, 64).expand(2, 3, 64, 64)
     images = torch.rand(2, 3, 64, 64)
-    filled = fill_mean_visible(images, mask)
+    filled = fill_with_visible_mean(images, pixel_mask(mask, 64))
     for number in range(2):
         for channel in range(3):
             plane, hidden = images[number, channel], pixels[number, channel]
@@ -78,5 +79,5 @@ def test_the_mean_colour_is_that_of_visible_pixels_whatever_is_hidden() -> None:
             assert (filled[number, channel][hidden].double() - expected).abs().max() < 1e-6
             assert torch.equal(filled[number, channel][~hidden], plane[~hidden])
     perturbed = torch.where(pixels, torch.full_like(images, float("nan")), images)
-    assert torch.equal(fill_mean_visible(perturbed, mask), filled)
+    assert torch.equal(fill_with_visible_mean(perturbed, pixel_mask(mask, 64)), filled)
     assert torch.equal(hide(perturbed, mask), hide(images, mask))

@@ -14,10 +14,11 @@ from lmd_bench.config import LearningRateConfig, OptimizerConfig, RecipeConfig
 from lmd_bench.errors import TrainingError
 from lmd_bench.harness.loop import Trainer, TrainOptions, TrainResult, untimed_schedule
 from lmd_bench.harness.optim import WeightAverage, build_optimizer, lr_at, peak_lr, set_lr
-from lmd_bench.harness.seeding import derive_seed, reseed
+from lmd_bench.harness.seeding import reseed
 from lmd_bench.harness.timer import CpuClock
 from lmd_bench.method import Batch, DataSpec
 from lmd_bench.records import STEP_COLUMNS
+from lmd_bench.seeding import derive_seed
 
 CPU = torch.device("cpu")
 
@@ -202,7 +203,7 @@ def test_untimed_steps_are_spread_over_the_schedule_and_cover_every_length_when_
 
 
 def test_seeds_differ_by_purpose_and_step_and_reseeding_repeats() -> None:
-    seeds = {derive_seed(seed, purpose, step) for seed in (0, 1) for purpose in ("a", "b") for step in range(50)}
+    seeds = {derive_seed(purpose, seed, step) for seed in (0, 1) for purpose in ("a", "b") for step in range(50)}
     assert len(seeds) == 200
     reseed(CPU, 1, "step", 7)
     first = torch.rand(3)
@@ -217,3 +218,18 @@ def test_bf16_trains_under_autocast_and_keeps_the_weights_in_fp32() -> None:
     assert all(p.dtype == torch.float32 for p in method.parameters())
     assert result.losses != exact.losses
     assert result.losses == pytest.approx(exact.losses, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_a_compiled_run_learns_the_same_and_compiles_every_shape_before_the_clock_starts() -> None:
+    from lmd_bench.harness.loop import count_recompilations
+
+    plain, _, _ = train(tiny())
+    compiled, _, _ = train(tiny(), compile=True, untimed_steps=1)
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)
+    assert compiled.recompilations is not None
+    assert 1 <= compiled.recompilations <= 2
+    assert compiled.recompilations == count_recompilations()
+    assert compiled.compile_s is not None
+    assert compiled.compile_s > 100 * max(step.period_ms for step in compiled.times) / 1e3

@@ -89,9 +89,14 @@ def test_a_pause_that_raises_is_still_accounted_for() -> None:
     clock = FakeClock()
     timer = StepTimer(clock)
     timer.start()
-    with pytest.raises(RuntimeError), timer.pause("evaluation"):
-        clock.now_ms += 1000
-        raise RuntimeError
+
+    def fail() -> None:
+        with timer.pause("evaluation"):
+            clock.now_ms += 1000
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     take_step(timer, clock, 1, 1, 1, 1, 1)
     assert timer.stop().residual_share == pytest.approx(0)
 

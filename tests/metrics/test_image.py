@@ -11,9 +11,10 @@ from skimage import data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
-from lmd_bench.data.yardstick import mask_to_pixels, paste, yardstick_masks
+from lmd_bench.data.yardstick import paste, yardstick_masks
 from lmd_bench.errors import DataError
 from lmd_bench.metrics.image import PSNR_CAP_DB, psnr_hidden, ssim
+from lmd_bench.nn.masking import pixel_mask
 
 
 def photographs() -> Tensor:
@@ -61,7 +62,7 @@ def test_visible_pixels_do_not_count() -> None:
     mask = yardstick_masks(3, 64, 16, 0.25)
     filled = spoilt(images, 0.2)
     assert torch.equal(psnr_hidden(filled, images, mask), psnr_hidden(paste(filled, images, mask), images, mask))
-    off_by = torch.where(mask_to_pixels(mask, 64), 0.5, 0.0)
+    off_by = torch.where(pixel_mask(mask, 64), 0.5, 0.0)
     psnr = psnr_hidden(0.25 + off_by.expand(3, 3, 64, 64), torch.full((3, 3, 64, 64), 0.25), mask)
     torch.testing.assert_close(psnr, torch.full((3,), -20 * math.log10(0.5), dtype=torch.float64))
 

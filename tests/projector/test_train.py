@@ -85,6 +85,7 @@ def test_patch_pca_with_all_components_is_exact_and_with_fewer_is_worse() -> Non
         ({"block_out_channels": (8, 16)}, "with layers_per_block 0 they must be equal"),
         ({"norm_num_groups": 5}, "must be multiples of norm_num_groups 5"),
         ({"image_size": 34}, "image_size 34 is not divisible by the factor 4"),
+        ({"crop_size": 64}, "crop_size 64 must be from 1 to image_size"),
         ({"batch_size": 65}, "1 <= batch_size <= num_images"),
     ],
 )

@@ -207,7 +207,7 @@ def write_json(path: Path, record: BaseModel) -> None:
     """Write a record in one piece: it is there complete or not at all, also after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".json.tmp")
-    text = json.dumps(record.model_dump(mode="json", by_alias=True), indent=1, allow_nan=False)
+    text = json.dumps(record.model_dump(by_alias=True), indent=1, allow_nan=False)
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text + "\n")
         file.flush()

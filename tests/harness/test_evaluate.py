@@ -1,0 +1,94 @@
+"""The yardstick as the harness applies it: what a method may see, and what is counted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.methods import Tiny, TinyConfig
+from torch import Tensor
+
+from lmd_bench.config import EvaluationConfig
+from lmd_bench.data.scenes import Scenes
+from lmd_bench.errors import TrainingError
+from lmd_bench.harness.evaluate import YardstickRunner, check_steps
+from lmd_bench.method import DataSpec
+
+CPU = torch.device("cpu")
+CONFIG = EvaluationConfig(num_images=6, unit_px=16, batch_size=4)
+
+
+def images() -> Tensor:
+    return Scenes(0, 64).render(torch.arange(6))
+
+
+class Peeking(Tiny):
+    """Gives back whatever it is shown."""
+
+    def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
+        return images
+
+
+class Leaky(Peeking):
+    """Has a projector that passes images through unharmed."""
+
+    def round_trip(self, images: Tensor) -> Tensor:
+        return images
+
+    def reconstruct_leaking(self, images: Tensor, mask: Tensor) -> Tensor:
+        return images
+
+
+class Broken(Tiny):
+    """Reconstructs nothing of use."""
+
+    def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
+        return images * float("nan")
+
+
+def runner(of: Tensor | None = None) -> YardstickRunner:
+    return YardstickRunner(images() if of is None else of, CONFIG, 0, CPU)
+
+
+def test_no_hidden_pixel_reaches_a_method_not_even_one_that_looks() -> None:
+    looked = runner().check(Peeking(TinyConfig(), DataSpec(64)), 0, 0.0)
+    assert looked.psnr_db < 15, "hidden pixels arrive as black, so showing them back is a bad reconstruction"
+
+
+def test_ceiling_leak_and_floor_are_measured_beside_the_reconstruction() -> None:
+    yardstick = runner()
+    method = Leaky(TinyConfig(), DataSpec(64))
+    last = yardstick.check(method, 5, 1.5)
+    summary = yardstick.summary(method)
+    assert summary.ceiling_psnr_db == 100.0, "an unharmed image has the capped PSNR"
+    assert summary.latent_leak_db == pytest.approx(100.0 - last.psnr_db)
+    assert summary.mean_colour_psnr_db is not None
+    assert summary.mean_colour_psnr_db > last.psnr_db
+    assert summary.checks == [last]
+
+
+def test_methods_without_a_projector_have_neither_ceiling_nor_leak() -> None:
+    yardstick = runner()
+    method = Tiny(TinyConfig(), DataSpec(64))
+    yardstick.check(method, 0, 0.0)
+    summary = yardstick.summary(method)
+    assert summary.ceiling_psnr_db is None
+    assert summary.latent_leak_db is None
+
+
+def test_a_check_leaves_the_method_in_training_mode_and_repeats_exactly() -> None:
+    method = Tiny(TinyConfig(), DataSpec(64)).train()
+    yardstick = runner()
+    first, again = yardstick.check(method, 0, 0.0), yardstick.check(method, 0, 0.0)
+    assert method.training
+    assert (first.psnr_db, first.ssim) == (again.psnr_db, again.ssim)
+
+
+def test_a_reconstruction_that_is_not_finite_is_an_error_with_words() -> None:
+    with pytest.raises(TrainingError, match="misshapen or not finite"):
+        runner().check(Broken(TinyConfig(), DataSpec(64)), 0, 0.0)
+
+
+def test_checks_are_spread_evenly_and_include_both_ends() -> None:
+    assert check_steps(EvaluationConfig(num_checks=4), 100) == [0, 25, 50, 75, 100]
+    assert check_steps(EvaluationConfig(num_checks=4), 3) == [0, 1, 2, 3]
+    assert check_steps(EvaluationConfig(num_checks=0), 100) == []

@@ -58,6 +58,11 @@ class MAE(Method):
         config.check_patch(data.image_size, "images")
 
     @classmethod
+    def token_px(cls, config: MAEConfig, data: DataSpec) -> int:
+        """A token is a patch."""
+        return config.patch_size
+
+    @classmethod
     def yardstick_obstacle(cls, config: MAEConfig) -> str | None:
         """Normalised targets cannot be turned back into pixels without the hidden patch's own statistics."""
         return "normalised targets" if config.normalize_targets else None

@@ -16,7 +16,7 @@ from lmd_bench.errors import BenchError, ConfigError
 
 if TYPE_CHECKING:
     from lmd_bench.config import Suite
-    from lmd_bench.harness.plan import Plan
+    from lmd_bench.harness.plan import Cell, Plan
 
 DEFAULT_OUT = Path("reports/local")
 
@@ -50,8 +50,11 @@ AddOption = Annotated[
 
 def main() -> None:
     """Entry point: runs a command, turns a user's errors into one line each and the exit code 2."""
-    # libgomp's threads spin at barriers by default: beside any other busy process that is 20 times slower
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # libgomp's threads spin at barriers without end: beside another busy process steps take 20 times as long.
+        # Sleeping at once (passive) makes steps of many small operations twice as slow on an idle machine. A short
+        # spin costs neither.
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         app()
     except BenchError as error:
@@ -120,12 +123,13 @@ def run(
     if dry_run:
         _show_estimate(plan)
         return
-    failed = _run_cells(plan)
+    failed = _run_cells(plan, force)
     _report(plan.out / plan.suite.name, plan.suite)
     if failed:
         names = ", ".join(failed)
         _errors().print(
-            f"{len(failed)} of {len(plan.cells)} cells failed: {names}; the same command runs them again",
+            f"{len(failed)} of {len(plan.cells)} cells failed: {names}. The reasons stand above and in their "
+            "record.json; once they are put right, the same command runs these cells again",
             style="red",
             markup=False,
             soft_wrap=True,
@@ -166,11 +170,9 @@ def _plan(
 ) -> tuple[Plan, dict[str, str]]:
     """From words to a plan; every problem is a BenchError."""
     from lmd_bench.config import apply_settings, merge, parse_suite, read_suite_values
-    from lmd_bench.registry import check_added
 
-    for target in add or []:
-        check_added(target)
     values = merge(read_suite_values(suite_name), overrides)
+    parse_suite(values, f"suite {suite_name}")
     from lmd_bench.harness.plan import add_rows, make_plan, method_options, select_rows
 
     added = add_rows(values, add or [])
@@ -204,11 +206,17 @@ def _show_estimate(plan: Plan) -> None:
     from lmd_bench.harness.estimate import estimate_row
 
     total = 0.0
+    pending: dict[str, list[Cell]] = {}
     for cell in plan.cells:
-        if cell.config.seed == plan.suite.seeds[0]:
-            estimate = estimate_row(cell, [c.config.row for c in plan.cells].count(cell.config.row))
-            total += estimate.total_s
-            _say(f"  {cell.config.row}: {estimate.text}")
+        pending.setdefault(cell.config.row, []).append(cell)
+    for row, cells in pending.items():
+        try:
+            estimate = estimate_row(cells[0], len(cells))
+        except Exception as error:  # an estimate only: a row that cannot be timed is said so, the others go on
+            _say(f"  {row}: could not be timed: {type(error).__name__}: {error}")
+            continue
+        total += estimate.total_s
+        _say(f"  {row}: {estimate.text}")
     _say(f"about {_duration(total)} and {plan.disk_bytes / 2**20:.1f} MiB on disk; nothing was written")
 
 
@@ -218,15 +226,18 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _run_cells(plan: Plan) -> list[str]:
+def _run_cells(plan: Plan, force: bool) -> list[str]:
     """Run what is left to run; names of the cells that failed."""
 
     from lmd_bench.config import save_suite
     from lmd_bench.harness.environment import environment
-    from lmd_bench.harness.execute import DataShelf, execute
+    from lmd_bench.harness.execute import DataShelf, execute, recount
     from lmd_bench.progress import watcher_for
 
     save_suite(plan.out / plan.suite.name, plan.suite)
+    changed = [cell.config.row for cell in plan.finished if recount(cell)]
+    if changed:
+        _say(f"decreases counted anew, from the steps on disk: {', '.join(changed)}")
     if not plan.cells:
         return []
     console = _console()
@@ -234,16 +245,18 @@ def _run_cells(plan: Plan) -> list[str]:
     watcher = watcher_for(console, len(plan.cells))
     shelf = DataShelf(plan)
     failed = []
+    done = 0
     try:
         for cell in plan.cells:
             record = execute(cell, shelf, command=_command(), environment=machine, watcher=watcher)
+            done += 1
             if record.status == "failed":
                 failed.append(f"{record.row} seed {record.seed}")
     except KeyboardInterrupt:
         watcher.close()
         console.print(
-            f"\nstopped. Finished cells are kept in {plan.out / plan.suite.name}; go on with the same command:\n"
-            f"  {_command().replace(' --force', '')}",
+            f"\nstopped. Finished cells are kept in {plan.out / plan.suite.name}; go on with:\n"
+            f"  {_go_on(plan, done) if force else _command()}",
             markup=False,
             highlight=False,
             soft_wrap=True,
@@ -252,6 +265,16 @@ def _run_cells(plan: Plan) -> list[str]:
     finally:
         shelf.close()
     return failed
+
+
+def _go_on(plan: Plan, done: int) -> str:
+    """After an interrupted `--force`: the same command for the rows that are left, so that none keeps an old record."""
+    rows = ",".join(dict.fromkeys(cell.config.row for cell in plan.cells[done:]))
+    words = sys.argv[1:]
+    if "--methods" in words:
+        at = words.index("--methods")
+        words = [*words[:at], *words[at + 2 :]]
+    return shlex.join(["lmd-bench", *[word for word in words if not word.startswith("--methods=")], "--methods", rows])
 
 
 def _report(folder: Path, suite: Suite) -> None:
@@ -338,10 +361,12 @@ def doctor() -> None:
     """This machine, versions, GPU, and which weights are there."""
     import torch
 
-    from lmd_bench.harness.environment import environment
+    from lmd_bench.harness.environment import environment, machine_name
     from lmd_bench.texts import shipped_weights
 
-    for key, value in environment("cuda:0" if torch.cuda.is_available() else "cpu").items():
+    facts = environment("cuda:0" if torch.cuda.is_available() else "cpu")
+    _say(f"machine: {machine_name(facts)}")
+    for key, value in facts.items():
         if isinstance(value, dict):
             _say(key)
             for inner, text in value.items():
@@ -383,7 +408,7 @@ def profile(
     from lmd_bench.harness.environment import environment
     from lmd_bench.harness.profile import SpeedOptions
     from lmd_bench.harness.profile import profile as run_profile
-    from lmd_bench.records import CALIBRATOR, ProfileRound, write_json
+    from lmd_bench.records import CALIBRATOR, ProfileRecord, ProfileRound, write_json
 
     options = SpeedOptions(rounds, steps, untimed, batch, progress)
     device_name = plan.cells[0].config.device
@@ -393,6 +418,14 @@ def profile(
         name = "calibrator" if measured.row == CALIBRATOR else measured.row
         _say(f"  round {measured.round + 1}/{rounds}  {name}: {median:.1f} ms/step")
 
+    folder = plan.out / plan.suite.name
+    tag = f"{'own-batch' if batch is None else f'b{batch}'}-{plan.suite.precision}"
+    tag += ("-compiled" if plan.suite.compile else "") + ("" if progress is None else f"-at{progress:g}")
+    path = _unused(folder, f"profile-{tag}")
+
+    def save(measured: ProfileRecord) -> None:
+        write_json(path, measured)
+
     record = run_profile(
         plan,
         options,
@@ -400,17 +433,22 @@ def profile(
         command=_command(),
         environment=environment(device_name),
         on_round=on_round,
+        save=save,
     )
-    folder = plan.out / plan.suite.name
     save_suite(folder, plan.suite, keep=True)
-    tag = f"b{batch or 'own'}-{record.precision}" + ("-compiled" if record.compile else "")
-    tag += "" if progress is None else f"-at{progress:g}"
-    write_json(folder / f"profile-{tag}.json", record)
     _report(folder, plan.suite)
     for name, reason in record.not_measured.items():
         _errors().print(f"{name}: not measured: {reason}", markup=False, soft_wrap=True)
     if record.not_measured:
         sys.exit(1)
+
+
+def _unused(folder: Path, stem: str) -> Path:
+    """`stem.json`, or with a number behind it where earlier speed runs have taken the name."""
+    path, number = folder / f"{stem}.json", 2
+    while path.exists():
+        path, number = folder / f"{stem}-{number}.json", number + 1
+    return path
 
 
 # -- making what is shipped -------------------------------------------------------------------------------------------

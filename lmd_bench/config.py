@@ -25,7 +25,7 @@ Json = dict[str, Any]
 
 
 class _Values(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataConfig(_Values):
@@ -75,6 +75,13 @@ class AugmentationConfig(_Values):
             if not 0 < low <= high:
                 raise ValueError(f"augmentation.{name} must be two numbers 0 < low <= high, got {low}, {high}")
         return self
+
+
+def resolve_crop(augmentation: AugmentationConfig, data: DataConfig) -> AugmentationConfig:
+    """`crop: auto` made explicit: scenes are drawn at their size, photographs get MAE's random crops."""
+    if augmentation.crop != "auto":
+        return augmentation
+    return augmentation.model_copy(update={"crop": "none" if data.name == "scenes" else "random_resized"})
 
 
 class OptimizerConfig(_Values):
@@ -204,7 +211,7 @@ class Suite(_Values):
     notes: str = ""
     data: DataConfig = DataConfig(num_train=4096)
     recipes: dict[str, RecipeConfig]
-    methods: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")], RowConfig]
+    methods: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")], RowConfig] = Field(min_length=1)
     steps: int | None = Field(default=None, ge=1)
     """Optimizer steps of every run; give this or `epochs`."""
     epochs: float | None = Field(default=None, gt=0)
@@ -212,7 +219,7 @@ class Suite(_Values):
     """Steps run first on state that is restored afterwards."""
     precision: Precision = "fp32"
     compile: bool = False
-    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0,), min_length=1)
     log_every_steps: int = Field(default=50, ge=1)
     """Rows are written and the loss is looked at this often, on a clock of its own."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -246,6 +253,8 @@ class RunConfig(_Values):
     row: str
     label: str
     method: str
+    code: str | None = None
+    """SHA-256 of the file of a method that `--add` brought in; None for installed methods."""
     options: Json
     image_size: int
     data: DataConfig
@@ -262,8 +271,20 @@ class RunConfig(_Values):
     estimator: EstimatorValues
 
     def digest(self) -> str:
-        """SHA-256 over the values that change what is computed (names and labels left out), 16 hex digits."""
-        values = self.model_dump(mode="json", exclude={"label", "log_every_steps", "estimator"})
+        """SHA-256 over the values that change what is trained and evaluated, 16 hex digits.
+
+        Left out: names, and what is only counted afterwards from the steps on disk.
+        """
+        values = self.model_dump(
+            mode="json",
+            exclude={
+                "label": True,
+                "log_every_steps": True,
+                "estimator": True,
+                "recipe": {"source"},
+                "evaluation": {"targets"},
+            },
+        )
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -288,7 +309,8 @@ def shipped_suites() -> list[str]:
 def read_suite_values(name_or_path: str, _seen: tuple[str, ...] = ()) -> Json:
     """The raw values of a suite, with the suite it `extends` merged beneath them.
 
-    Mappings merge key by key; a null takes a key away; everything else replaces.
+    Mappings merge key by key; a null takes a key away; everything else replaces. A path in `extends` is relative to
+    the file that says so.
     """
     if name_or_path in _seen:
         raise ConfigError(f"suite {name_or_path!r} extends itself: {' -> '.join([*_seen, name_or_path])}")
@@ -306,6 +328,8 @@ def read_suite_values(name_or_path: str, _seen: tuple[str, ...] = ()) -> Json:
         return values
     if not isinstance(parent, str):
         raise ConfigError(f"{place}: extends: name one suite, got {parent!r}")
+    if parent.endswith((".yaml", ".yml")):
+        parent = str(Path(name_or_path).parent / parent)
     return merge(read_suite_values(parent, (*_seen, name_or_path)), values)
 
 
@@ -313,11 +337,11 @@ def _suite_text(name_or_path: str) -> tuple[str, str]:
     if name_or_path.endswith((".yaml", ".yml")):
         path = Path(name_or_path)
         if not path.is_file():
-            raise ConfigError(f"--suite {name_or_path}: no such file")
+            raise ConfigError(f"suite {name_or_path}: no such file")
         try:
             return name_or_path, path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--suite {name_or_path}: cannot be read as UTF-8 text: {error}") from error
+            raise ConfigError(f"suite {name_or_path}: cannot be read as UTF-8 text: {error}") from error
     names = shipped_suites()
     if name_or_path not in names:
         raise ConfigError(f"no suite {name_or_path!r}{near(name_or_path, names)} (or give a path ending in .yaml)")
@@ -394,6 +418,7 @@ def apply_settings(values: Json, settings: Sequence[str], option_names: Mapping[
     suite does not mention them.
     """
     changed = typing.cast(Json, json.loads(json.dumps(values)))
+    known = _known_keys(parse_suite(changed, "suite"), option_names)
     for setting in settings:
         key, separator, text = setting.partition("=")
         if not separator or not key:
@@ -402,7 +427,6 @@ def apply_settings(values: Json, settings: Sequence[str], option_names: Mapping[
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {setting}: the value is not valid YAML") from error
-        known = _known_keys(parse_suite(changed, "suite"), option_names)
         targets = [name for name in known if _matches(name, key)]
         if not targets:
             raise ConfigError(f"--set {setting}: no key {key!r}{_near_key(key, known)}")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 class MethodConfig(BaseModel):
     """Base of every method's options: immutable, and unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,14 @@ class Method(nn.Module, ABC):
     @classmethod
     def yardstick_obstacle(cls, config: Any) -> str | None:
         """Why this configuration cannot reconstruct pixels ("normalised targets"), or None where it can."""
+        return None
+
+    @classmethod
+    def token_px(cls, config: Any, data: DataSpec) -> int | None:
+        """Side in pixels of the area a token stands for, None for methods without tokens.
+
+        A token that touches a hidden mask unit is hidden, so tokens must be small enough for the yardstick's units.
+        """
         return None
 
     # -- training -------------------------------------------------------------------------------------------------

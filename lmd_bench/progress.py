@@ -40,10 +40,11 @@ class PlainWatcher:
     def trained(self, step: int, loss: float, mask_ratio: float | None, steps_per_s: float) -> None:
         ratio = "" if mask_ratio is None else f"  mask {mask_ratio:.2f}"
         left = (self._total - step) / max(1e-9, steps_per_s)
-        self._line(f"    step {step}/{self._total}  loss {loss:.4f}{ratio}  {steps_per_s:.1f} it/s  {left:.0f} s left")
+        rest = f"{steps_per_s:.1f} it/s  {left:.0f} s left in this row"
+        self._line(f"    step {step}/{self._total}  loss {loss:.4f}{ratio}  {rest}")
 
     def checked(self, step: int, psnr_db: float) -> None:
-        self._line(f"    step {step}: yardstick {psnr_db:.2f} dB")
+        self._line(f"    step {step}: PSNR of hidden pixels {psnr_db:.2f} dB")
 
     def ended(self, record: RunRecord) -> None:
         self._line("  " + ended_line(record))

@@ -52,7 +52,7 @@ class Timing(_Part):
     untimed_s: float
     """The untimed steps before the first real one, compilation included."""
     compile_s: float | None
-    """First untimed step less the median of the later ones, where torch.compile was on."""
+    """What untimed steps that met a new shape took beyond those that met none, where torch.compile was on."""
     instrument_us_per_step: float | None
     """Cost of marks, buffers and rows for one step, timed in isolation on this machine."""
 
@@ -81,7 +81,8 @@ class Cost(_Part):
     peak_memory_bytes: int | None
     peak_memory_kind: str
     """"allocated on the GPU" or "resident set of the process"."""
-    recompilations: int | None = None
+    compiled_graphs: int | None = None
+    """Graphs that torch.compile made, where it was on: more than a few say that shapes keep changing."""
 
 
 class Check(_Part):
@@ -131,6 +132,8 @@ class RunRecord(_Part):
     command: str
     started_at: str
     environment: dict[str, Any]
+    gpu_at_end: dict[str, Any] | None = None
+    """The GPU's state when the cell ended: clocks under load, temperature, other processes."""
     num_steps: int
     data: dict[str, Any] = {}
     """What was trained on: counts, digest, files that could not be used."""
@@ -165,6 +168,7 @@ class ProfileRow(_Part):
     method: str
     optimizer: str
     parameters: int
+    batch_size: int
     flops_per_step: int | None
     projector: str | None = None
 
@@ -179,7 +183,6 @@ class ProfileRecord(_Part):
     started_at: str
     environment: dict[str, Any]
     reference: str | None
-    batch_size: int
     precision: str
     compile: bool
     progress: str
@@ -189,6 +192,12 @@ class ProfileRecord(_Part):
     instrument_us_per_step: float
     """Marks, buffers and rows of one step timed in isolation."""
     not_measured: dict[str, str] = {}
+
+    @property
+    def batch_text(self) -> str:
+        """The batch in words: one for all rows, or each row's own. The calibrator has its own in any case."""
+        sizes = {row.batch_size for name, row in self.rows.items() if name != CALIBRATOR}
+        return f"batch {sizes.pop()}" if len(sizes) == 1 else "each row at its own batch"
 
 
 CALIBRATOR = "calibrator"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import re
@@ -30,12 +31,19 @@ def method_name(target: str) -> str:
 
 
 def check_added(target: str) -> None:
-    """Raise ConfigError unless `target` reads `file.py:Class` and the file is there."""
+    """Raise ConfigError unless `target` reads `file.py:Class`, the file is there and the name is free."""
     path, separator, name = target.rpartition(":")
     if not separator or not name.isidentifier() or not path.endswith(".py"):
         raise ConfigError(f"--add {target}: write it as file.py:ClassName")
     if not Path(path).is_file():
         raise ConfigError(f"--add {target}: no file {path}")
+    if method_name(target) in installed_methods():
+        raise ConfigError(f"--add {target}: a method {method_name(target)!r} is installed; give the class another name")
+
+
+def code_digest(target: str) -> str:
+    """SHA-256 of an added method's file, 16 hex digits: a changed file is another experiment."""
+    return hashlib.sha256(Path(target.rpartition(":")[0]).read_bytes()).hexdigest()[:16]
 
 
 def load_method(name: str, added: Mapping[str, str]) -> type[Method]:

@@ -296,9 +296,17 @@ def test_in1k_runs_three_steps_at_published_size(tmp_path: Path, lmd: Lmd) -> No
         (["--set", "methods.lmd-cs.options.mask_ratio_start=0.8"], "mask ratios out of order"),
         (["--set", "methods.lmd-cs.options.projector.path=/nowhere"], "methods.lmd-cs.options: "),
         (["--set", "data.image_size=36"], "lmd-cs"),
-        (["--set", "evaluation.unit_px=5"], "mask units of 5 px do not tile images of 32 px"),
+        (["--set", "evaluation.unit_px=5"], "evaluation.unit_px: units of 5 px do not tile images of 32 px"),
         (["--set", "evaluation.num_images=9"], "data.num_held_out holds back only 8"),
         (["--set", "recipes.equal.batch_size=64"], "32 training images do not fill one batch of 64"),
+        (["--set", "evaluation.keep=0.01"], "evaluation: keep 0.01 of 4 units of 16 px leaves 0 visible"),
+        (
+            ["--set", "data.image_size=64", "--set", "methods.mae.options.patch_size=32"],
+            "row mae cannot take the yardstick's masks",
+        ),
+        (["--set", "recipes.equal.lr.base=.inf"], "recipes.equal.lr.base: Input should be a finite number"),
+        (["--seeds=-1"], "seeds.0: Input should be greater than or equal to 0"),
+        (["--add", f"{Path(__file__).parent / 'helpers' / 'methods.py'}:MAE"], "a method 'mae' is installed"),
         (["--device", "tpu"], "--device tpu: use auto, cpu, cuda or cuda:N"),
         (["--device", "cuda:99"], "--device cuda:99: this machine has"),
         (["--seeds", "a"], "--seeds a: whole numbers separated by commas"),
@@ -406,6 +414,55 @@ def test_a_cell_that_fails_is_recorded_the_others_go_on_and_the_code_is_1(
     assert "step 5: the loss is nan" in (tmp_path / "small" / "report" / "index.html").read_text()
     again = lmd(*words, "--methods", "tiny")
     assert again.code == 0
+    assert read_run(tmp_path / "small" / "tiny" / "seed-0" / "record.json").status == "finished"
+
+
+def test_a_changed_file_is_another_experiment(suite_file: Path, tmp_path: Path, lmd: Lmd) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(TINY.read_text())
+    words = ("run", "--suite", suite_file, "--add", f"{path}:Tiny", "--methods", "tiny", "--out", tmp_path / "o")
+    assert lmd(*words).code == 0
+    path.write_text(TINY.read_text() + "\n# changed\n")
+    done = lmd(*words)
+    assert done.code == 2
+    assert "finished with other settings (code" in done.err
+
+
+def test_a_method_may_prepare_batches_in_a_collate_of_its_own(suite_file: Path, tmp_path: Path, lmd: Lmd) -> None:
+    words = ("--suite", suite_file, "--add", f"{TINY}:Collating", "--methods", "collating", "--out", tmp_path)
+    assert "could not be timed" not in lmd("run", *words, "--dry-run", "--device", "cpu").out
+    assert lmd("run", *words, "--device", "cpu").code == 0
+    record = read_run(tmp_path / "small" / "collating" / "seed-0" / "record.json")
+    assert record.cost is not None
+    assert record.cost.flops_per_step is not None, record.not_measured
+
+
+def test_another_estimator_is_counted_from_the_steps_on_disk(suite_file: Path, tmp_path: Path, lmd: Lmd) -> None:
+    words = ("run", "--suite", suite_file, "--methods", "mae", "--out", tmp_path, "--device", "cpu", "--steps", 30)
+    assert lmd(*words).code == 0
+    path = tmp_path / "small" / "mae" / "seed-0" / "record.json"
+    before = read_run(path)
+    done = lmd(*words, "--set", "estimator.delta=0.05")
+    assert done.code == 0
+    assert "counted anew, from the steps on disk: mae" in done.out
+    after = read_run(path)
+    assert after.efficiency is not None
+    assert before.efficiency is not None
+    assert after.efficiency["config"]["delta"] == 0.05
+    assert after.efficiency["estimators"]["relative"] != before.efficiency["estimators"]["relative"]
+    assert after.efficiency["estimators"]["fraction"] == before.efficiency["estimators"]["fraction"]
+    assert after.started_at == before.started_at
+
+
+def test_a_cell_whose_disk_is_full_fails_in_words_and_the_others_go_on(
+    suite_file: Path, tmp_path: Path, lmd: Lmd
+) -> None:
+    (tmp_path / "small" / "mae" / "seed-0" / "steps.csv").mkdir(parents=True)
+    words = ("run", "--suite", suite_file, "--add", f"{TINY}:Tiny", "--methods", "mae,tiny", "--out", tmp_path)
+    done = lmd(*words, "--device", "cpu")
+    assert done.code == 1
+    assert "IsADirectoryError" in done.out
+    assert "Traceback" not in done.out + done.err
     assert read_run(tmp_path / "small" / "tiny" / "seed-0" / "record.json").status == "finished"
 
 

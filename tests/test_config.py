@@ -95,7 +95,7 @@ def test_values_that_cannot_be_used_are_refused_by_name(changes: dict[str, Any],
 def test_an_unknown_suite_and_a_missing_file_are_named() -> None:
     with pytest.raises(ConfigError, match="no suite 'dmeo'; did you mean 'demo'"):
         read_suite_values("dmeo")
-    with pytest.raises(ConfigError, match=r"--suite no\.yaml: no such file"):
+    with pytest.raises(ConfigError, match=r"suite no\.yaml: no such file"):
         read_suite_values("no.yaml")
 
 
@@ -107,6 +107,13 @@ def test_a_users_suite_may_extend_a_shipped_one(tmp_path: Path) -> None:
     assert "ddpm" not in suite.methods
     assert suite.methods["mae"].options["mask_ratio"] == 0.5
     assert suite.methods["mae"].options["patch_size"] == 8
+
+
+def test_what_a_suite_extends_is_looked_for_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "base.yaml").write_text("extends: demo\nname: base\nsteps: 9\n")
+    (tmp_path / "mine.yaml").write_text("extends: base.yaml\nname: mine\n")
+    monkeypatch.chdir("/")
+    assert load_suite(str(tmp_path / "mine.yaml")).steps == 9
 
 
 @pytest.mark.parametrize(
@@ -126,7 +133,7 @@ def test_a_file_that_is_no_suite_is_refused(tmp_path: Path, text: str, words: st
 
 def test_a_suite_that_extends_itself_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "loop.yaml"
-    path.write_text(f"extends: {path}\n")
+    path.write_text("extends: loop.yaml\n")
     with pytest.raises(ConfigError, match="extends itself"):
         load_suite(str(path))
 
@@ -142,6 +149,12 @@ def test_set_changes_values_and_options_the_suite_does_not_mention() -> None:
     assert suite.seeds == (1, 2)
     assert suite.methods["mae"].options["mlp_ratio"] == 2
     assert {row.options["patch_size"] for name, row in suite.methods.items() if name.startswith("lmd")} == {4}
+
+
+def test_values_that_depend_on_each_other_can_be_set_together() -> None:
+    assert changed("steps=null", "epochs=2").epochs == 2
+    optimizer = changed("recipes.equal.optimizer.name=adan", "recipes.equal.optimizer.betas=[0.9, 0.9, 0.9]")
+    assert optimizer.recipes["equal"].optimizer.name == "adan"
 
 
 def test_set_reaches_nested_options() -> None:
@@ -202,5 +215,8 @@ def test_the_digest_changes_with_what_is_computed_and_not_with_names() -> None:
     }
     base = RunConfig(**values)
     assert base.digest() == RunConfig(**{**values, "label": "Other"}).digest()
+    without_targets = suite.evaluation.model_copy(update={"targets": ()})
+    assert base.digest() == RunConfig(**{**values, "evaluation": without_targets}).digest()
+    assert base.digest() != RunConfig(**{**values, "code": "abc"}).digest()
     assert base.digest() != RunConfig(**{**values, "steps": 4}).digest()
     assert base.digest() != RunConfig(**{**values, "options": {"patch_size": 8}}).digest()

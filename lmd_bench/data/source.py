@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from lmd_bench.config import AugmentationConfig, DataConfig
+from lmd_bench.config import AugmentationConfig, DataConfig, resolve_crop
 from lmd_bench.data.augment import (
     augmentation_keys,
     epoch_order,
@@ -222,9 +222,7 @@ def open_source(
     own, bound; that of the base class, which makes nothing, is not called. Raises DataError.
     """
     collate = _own_collate(collate)
-    if augmentation.crop == "auto":
-        crop = "none" if data.name == "scenes" else "random_resized"
-        augmentation = augmentation.model_copy(update={"crop": crop})
+    augmentation = resolve_crop(augmentation, data)
     if data.name == "scenes":
         return _open_scenes(data, image_size, augmentation, device, collate)
     if data.path is None:

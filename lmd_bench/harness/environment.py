@@ -70,7 +70,13 @@ def machine() -> Facts:
         "load_average_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "variables": {
             name: os.environ.get(name)
-            for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG")
+            for name in (
+                "OMP_NUM_THREADS",
+                "OMP_WAIT_POLICY",
+                "GOMP_SPINCOUNT",
+                "MKL_NUM_THREADS",
+                "CUBLAS_WORKSPACE_CONFIG",
+            )
         },
     }
 

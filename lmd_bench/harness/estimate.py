@@ -9,8 +9,8 @@ import torch
 from lmd_bench.harness.evaluate import YardstickRunner, check_steps
 from lmd_bench.harness.execute import build_method
 from lmd_bench.harness.loop import Trainer, TrainOptions
+from lmd_bench.harness.noise import NUM_CLASSES, NoiseSource
 from lmd_bench.harness.plan import Cell
-from lmd_bench.harness.profile import NoiseSource
 from lmd_bench.harness.timer import clock_for
 
 NUM_STEPS = 3
@@ -27,22 +27,16 @@ class RowEstimate:
 
 
 def estimate_row(cell: Cell, num_seeds: int) -> RowEstimate:
-    """Train NUM_STEPS steps spread over the schedule after one that is not timed, and read the yardstick once."""
+    """Train NUM_STEPS steps spread over the schedule after one that is not timed, and read the yardstick once.
+
+    Not compiled, even where the run would be: compiling alone would outlast the estimate.
+    """
     config = cell.config
     device = torch.device(config.device)
-    num_classes = 1000
-    method = build_method(config, cell.method, num_classes)
-    options = TrainOptions(
-        recipe=config.recipe,
-        steps=config.steps,
-        lr_warmup_steps=0,
-        untimed_steps=0,
-        seed=config.seed,
-        device=device,
-        precision=config.precision,
-    )
+    method = build_method(config, cell.method, NUM_CLASSES)
     clock = clock_for(device)
-    trainer = Trainer(method, NoiseSource(config.recipe.batch_size, config.image_size, device), options, clock)
+    options = TrainOptions.from_config(config, lr_warmup_steps=0, compile=False)
+    trainer = Trainer(method, NoiseSource(method, device), options, clock)
     positions = [max(1, round((i + 0.5) / NUM_STEPS * config.steps)) for i in range(NUM_STEPS)]
     _, times, _ = trainer.time_steps([positions[0], *positions])
     step_s = sum(step.period_ms for step in times[1:]) / NUM_STEPS / 1e3
@@ -57,6 +51,6 @@ def estimate_row(cell: Cell, num_seeds: int) -> RowEstimate:
         runner.check(method, 0, 0.0)
         clock.drain()
         check_s = (clock.host_s() - begin) * config.evaluation.num_images / count
-    total_s = num_seeds * (config.steps * step_s + num_checks * check_s)
+    total_s = num_seeds * ((config.steps + config.untimed_steps) * step_s + num_checks * check_s)
     text = f"{step_s * 1e3:.0f} ms a step, {check_s:.1f} s a look at the yardstick: about {total_s:.0f} s"
     return RowEstimate(step_s, check_s, total_s, text)

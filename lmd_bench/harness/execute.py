@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,16 +15,29 @@ from torch import Tensor
 from lmd_bench.config import RunConfig
 from lmd_bench.data.source import BatchSource, open_source
 from lmd_bench.errors import BenchError
+from lmd_bench.harness.environment import gpu_facts
 from lmd_bench.harness.evaluate import YardstickRunner, check_steps
 from lmd_bench.harness.instrument import measure_instrument
 from lmd_bench.harness.loop import Trainer, TrainOptions, TrainResult
+from lmd_bench.harness.noise import noise_batch
 from lmd_bench.harness.plan import Cell, Plan
 from lmd_bench.harness.seeding import reseed
 from lmd_bench.harness.timer import StepTimes, clock_for
 from lmd_bench.method import DataSpec, Method
 from lmd_bench.metrics.cost import PeakMemory, count_step_flops
 from lmd_bench.metrics.efficiency import EstimatorConfig, measure_run
-from lmd_bench.records import PHASES, STEP_COLUMNS, Cost, Phases, RunRecord, StepWriter, Timing, write_json
+from lmd_bench.records import (
+    PHASES,
+    STEP_COLUMNS,
+    Cost,
+    Phases,
+    RunRecord,
+    StepWriter,
+    Timing,
+    read_run,
+    read_steps,
+    write_json,
+)
 
 
 class Watcher(Protocol):
@@ -77,7 +91,6 @@ def execute(
     """Run one cell and write its record. What fails inside the cell becomes a record with status "failed"."""
     config = cell.config
     started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    (cell.folder / "record.json").unlink(missing_ok=True)
     watcher.began(config)
     base = RunRecord(
         suite=config.suite,
@@ -93,23 +106,32 @@ def execute(
         environment=dict(environment),
         num_steps=config.steps,
     )
-    writer = StepWriter(cell.folder / "steps.csv")
     try:
-        record = _measure(cell, shelf, base, writer, watcher)
+        for name in ("record.json", "error.txt"):
+            (cell.folder / name).unlink(missing_ok=True)
+        with closing(StepWriter(cell.folder / "steps.csv")) as writer:
+            record = _measure(cell, shelf, base, writer, watcher)
+        write_json(cell.folder / "record.json", record)
     except Exception as error:  # one cell's failure must not take the others with it; it is recorded and reported
-        record = base.model_copy(update={"status": "failed", "error": _one_line(error)})
-        if not isinstance(error, BenchError):
-            (cell.folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-    finally:
-        writer.close()
-    write_json(cell.folder / "record.json", record)
+        record = _failed(cell, base, error)
     watcher.ended(record)
     return record
 
 
-def _one_line(error: Exception) -> str:
-    text = _shortened(error)
-    return text if isinstance(error, BenchError) else f"{type(error).__name__}: {text} (details: error.txt)"
+def _failed(cell: Cell, base: RunRecord, error: Exception) -> RunRecord:
+    """The record of a cell that failed, on disk if it can be written there."""
+    details = traceback.format_exc()
+    text = _shortened(error) if isinstance(error, BenchError) else f"{type(error).__name__}: {_shortened(error)}"
+    record = base.model_copy(update={"status": "failed", "error": text})
+    try:
+        if not isinstance(error, BenchError):
+            record = record.model_copy(update={"error": f"{text} (details: {cell.folder / 'error.txt'})"})
+            (cell.folder / "error.txt").write_text(details, encoding="utf-8")
+        write_json(cell.folder / "record.json", record)
+    except OSError as full:
+        note = f"{text}; and its record could not be written: {full}; free some space or choose another --out"
+        return base.model_copy(update={"status": "failed", "error": note})
+    return record
 
 
 def _shortened(error: Exception) -> str:
@@ -125,37 +147,27 @@ def _measure(cell: Cell, shelf: DataShelf, base: RunRecord, writer: StepWriter, 
     not_measured: dict[str, str] = {}
     flops = _count_flops(method, config, not_measured)
     yardstick = _yardstick(method, config, source, device, not_measured)
-    clock = clock_for(device)
-    options = TrainOptions(
-        recipe=config.recipe,
-        steps=config.steps,
-        lr_warmup_steps=config.lr_warmup_steps,
-        untimed_steps=config.untimed_steps,
-        seed=config.seed,
-        device=device,
-        precision=config.precision,
-        compile=config.compile,
-        log_every_steps=config.log_every_steps,
-        check_steps=frozenset(check_steps(config.evaluation, config.steps)) if yardstick else frozenset(),
-    )
-    trainer = Trainer(method, source, options, clock)
+    checks = frozenset(check_steps(config.evaluation, config.steps)) if yardstick else frozenset()
+    trainer = Trainer(method, source, TrainOptions.from_config(config, check_steps=checks), clock_for(device))
     rows: list[tuple[object, ...]] = []
 
     def on_rows(new: Any) -> None:
         writer.append(new)
         rows.extend(row for row in new if row[1])
 
+    memory = PeakMemory(device)
+
     def on_check(step: int, train_s: float) -> None:
         if yardstick is not None:
-            watcher.checked(step, yardstick.check(method, step, train_s).psnr_db)
+            with memory.left_out():
+                watcher.checked(step, yardstick.check(method, step, train_s).psnr_db)
 
-    memory = PeakMemory(device)
     memory.reset()
     result = trainer.run(on_rows, on_check, watcher.trained)
     peak = memory.peak_bytes()
     with trainer.averaged():
         summary = yardstick.summary(method) if yardstick else None
-    instrument_us = measure_instrument(clock, config.log_every_steps)
+    instrument_us = measure_instrument(device, config.log_every_steps)
     notes = [] if result.wall.valid else [f"invalid: {result.wall.residual_share:.2%} of the wall time is missing"]
     return base.model_copy(
         update={
@@ -168,23 +180,34 @@ def _measure(cell: Cell, shelf: DataShelf, base: RunRecord, writer: StepWriter, 
                 flops_per_step=flops,
                 peak_memory_bytes=peak,
                 peak_memory_kind=memory.kind,
-                recompilations=result.recompilations,
+                compiled_graphs=result.compiled_graphs,
             ),
             "efficiency": _efficiency(result, rows, config),
             "yardstick": summary,
             "not_measured": not_measured,
             "data": source.describe(),
+            "gpu_at_end": gpu_facts(config.device, {}) if device.type == "cuda" else None,
             "notes": notes + source_notes(source),
         }
     )
 
 
 def _count_flops(method: Method, config: RunConfig, not_measured: dict[str, str]) -> int | None:
+    flops, reason = try_count_flops(method, config)
+    if reason is not None:
+        not_measured["flops_per_step"] = reason
+    return flops
+
+
+def try_count_flops(
+    method: Method, config: RunConfig, steps: Sequence[int] | None = None
+) -> tuple[int | None, str | None]:
+    """FLOPs of a step, or None and why they cannot be counted."""
     try:
-        return count_step_flops(method, config.recipe.batch_size, config.steps)
-    except (NotImplementedError, RuntimeError) as error:
-        not_measured["flops_per_step"] = f"no FLOPs: the step does not run on the meta device: {_shortened(error)}"
-        return None
+        batch = noise_batch(method, config.recipe.batch_size, torch.device("cpu"))
+        return count_step_flops(method, batch, config.steps, steps), None
+    except Exception as error:  # only a figure beside the times: whatever a method cannot do is the reason
+        return None, f"the step does not run on the meta device: {type(error).__name__}: {_shortened(error)}"
 
 
 def _yardstick(
@@ -233,24 +256,44 @@ def _projector_parameters(method: Method) -> int:
 
 
 def _efficiency(result: TrainResult, rows: list[tuple[object, ...]], config: RunConfig) -> dict[str, Any]:
-    values = config.estimator
-    estimator = EstimatorConfig(
-        headline=values.headline,
-        delta=values.delta,
-        levels=values.levels,
-        grid_step=values.grid_step,
-        half_life_steps=values.half_life_steps,
-        num_resamples=values.num_resamples,
-        confidence=values.confidence,
-    )
     return measure_run(
         loss=result.losses,
         period_ms=[step.period_ms for step in result.times],
         tokens=_column(rows, "tokens"),
         mask_ratio=_column(rows, "mask_ratio"),
-        config=estimator,
+        config=EstimatorConfig(**config.estimator.model_dump()),
         seed=config.seed,
     ).to_dict()
+
+
+def recount(cell: Cell) -> bool:
+    """Count a finished cell's decreases again, from its steps on disk, if the suite now counts them otherwise.
+
+    Returns whether the record was changed. Nothing is trained.
+    """
+    path = cell.folder / "record.json"
+    record = read_run(path)
+    estimator = cell.config.estimator
+    if record.config.get("estimator") == estimator.model_dump(mode="json"):
+        return False
+    columns = read_steps(cell.folder / "steps.csv")
+    measured = [number for number, timed in enumerate(columns["timed"]) if timed]
+
+    def numbers(name: str) -> list[float] | None:
+        values = [columns[name][number] for number in measured]
+        return None if None in values else [float(value) for value in values if value is not None]
+
+    efficiency = measure_run(
+        loss=numbers("loss") or [],
+        period_ms=numbers("period_ms") or [],
+        tokens=numbers("tokens"),
+        mask_ratio=numbers("mask_ratio"),
+        config=EstimatorConfig(**estimator.model_dump()),
+        seed=cell.config.seed,
+    )
+    config = {**record.config, "estimator": estimator.model_dump(mode="json")}
+    write_json(path, record.model_copy(update={"config": config, "efficiency": efficiency.to_dict()}))
+    return True
 
 
 def _column(rows: list[tuple[object, ...]], name: str) -> list[float] | None:

@@ -7,17 +7,18 @@ from pathlib import Path
 
 import torch
 
-from lmd_bench.harness.timer import NUM_INNER_MARKS, Clock, StepTimer
+from lmd_bench.harness.timer import NUM_INNER_MARKS, StepTimer, clock_for
 from lmd_bench.records import StepWriter
 
 
-def measure_instrument(clock: Clock, log_every_steps: int, num_steps: int = 2000) -> float:
+def measure_instrument(device: torch.device, log_every_steps: int, num_steps: int = 2000) -> float:
     """Microseconds that marks, the loss buffer and the rows cost in one step, timed without any training.
 
     Rows are written (and synced to disk) as often as in a run, to a file of their own.
     """
-    buffer = torch.zeros(log_every_steps)
-    loss = torch.tensor(1.0)
+    clock = clock_for(device)
+    buffer = torch.zeros(log_every_steps, device=device)
+    loss = torch.tensor(1.0, device=device)
     timer = StepTimer(clock)
     with tempfile.TemporaryDirectory() as folder:
         writer = StepWriter(Path(folder) / "steps.csv")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lmd_bench.config import RecipeConfig
+from lmd_bench.config import RecipeConfig, RunConfig
 from lmd_bench.errors import TrainingError
 from lmd_bench.harness.optim import WeightAverage, build_optimizer, clip_gradients, lr_at, set_lr
 from lmd_bench.harness.seeding import reseed
@@ -41,6 +42,22 @@ class TrainOptions:
     check_steps: frozenset[int] = frozenset()
     """Steps after which (0: before the first) `on_check` is called, off the clock."""
 
+    @classmethod
+    def from_config(cls, config: RunConfig, **changes: Any) -> TrainOptions:
+        """The options of a cell; `changes` replace single ones."""
+        values: dict[str, Any] = {
+            "recipe": config.recipe,
+            "steps": config.steps,
+            "lr_warmup_steps": config.lr_warmup_steps,
+            "untimed_steps": config.untimed_steps,
+            "seed": config.seed,
+            "device": torch.device(config.device),
+            "precision": config.precision,
+            "compile": config.compile,
+            "log_every_steps": config.log_every_steps,
+        }
+        return cls(**{**values, **changes})
+
 
 @dataclass
 class TrainResult:
@@ -51,8 +68,11 @@ class TrainResult:
     wall: WallCheck
     untimed_s: float
     compile_s: float | None
-    recompilations: int | None
+    compiled_graphs: int | None
 
+
+MIN_SETTLED_STEPS = 3
+"""Untimed steps at the end of a compiled run's warm-up that meet no new shape."""
 
 RowSink = Callable[[Sequence[tuple[object, ...]]], None]
 """Takes finished rows in the order of `records.STEP_COLUMNS`."""
@@ -100,7 +120,9 @@ class Trainer:
                 output = self._step(step, upcoming if step == 1 else None, batches, timer, len(unread))
                 unread.append(output)
                 timer.read()
-                if len(unread) == options.log_every_steps or step == options.steps:
+                # Losses are looked at before every check too, so that a diverged run ends here, with step and value
+                due = len(unread) == options.log_every_steps or step in options.check_steps
+                if due or step == options.steps:
                     with timer.pause("log"):
                         losses.extend(self._write(step, unread, timer.times, on_rows))
                         recent = timer.times[-len(unread) :]
@@ -112,7 +134,7 @@ class Trainer:
                         on_check(step, timer.train_s)
             wall = timer.stop()
         return TrainResult(
-            losses, timer.times, wall, untimed_s, compile_s, count_recompilations() if options.compile else None
+            losses, timer.times, wall, untimed_s, compile_s, count_compiled_graphs() if options.compile else None
         )
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -186,17 +208,20 @@ class Trainer:
                 for number, (output, step_times) in enumerate(zip(outputs, times, strict=True))
             ]
         )
-        self.method.load_state_dict(saved, strict=False)
+        with torch.no_grad():
+            for tensor, value in saved:
+                tensor.copy_(value)
         self.optimizer = build_optimizer(self.method, self.options.recipe)
         if self.average is not None:
             self.average = WeightAverage(self.method, self.options.recipe.ema_decay or 0.0)
-        compile_s = None
-        if self.options.compile:
-            if count_recompilations() == 0:
-                raise TrainingError("--compile: torch.compile compiled nothing of this method; run it without")
-            periods = sorted(step_times.period_ms for step_times in times)
-            compile_s = wall_s - len(periods) * periods[len(periods) // 2] / 1e3
-        return wall_s, compile_s
+        return wall_s, self._compile_seconds(times) if self.options.compile else None
+
+    def _compile_seconds(self, times: list[StepTimes]) -> float:
+        """What the untimed steps that met a new shape took beyond those at the end, which met none."""
+        if count_compiled_graphs() == 0:
+            raise TrainingError("--compile: torch.compile compiled nothing of this method; run it without")
+        settled = statistics.median(step.period_ms for step in times[-MIN_SETTLED_STEPS:])
+        return sum(step.period_ms - settled for step in times[:-MIN_SETTLED_STEPS]) / 1e3
 
     def time_steps(
         self, schedule: Sequence[int], marked: Sequence[bool] | None = None
@@ -223,16 +248,21 @@ def untimed_schedule(method: Method, options: TrainOptions) -> list[int]:
 
     When compiling, the first step of every different token count comes on top, so that no shape is new later.
     """
-    count = options.untimed_steps
-    if count == 0 and not options.compile:
+    count = max(options.untimed_steps, MIN_SETTLED_STEPS) if options.compile else options.untimed_steps
+    if count == 0:
         return []
     spread = [1 + round(i * (options.steps - 1) / max(1, count - 1)) for i in range(count)]
     if not options.compile:
         return spread
+    return [*first_steps_by_length(method, options.steps).values(), *spread]
+
+
+def first_steps_by_length(method: Method, steps: int) -> dict[int | None, int]:
+    """Every length of the encoder's input along the schedule -> the first step that has it."""
     firsts: dict[int | None, int] = {}
-    for step in range(1, options.steps + 1):
-        firsts.setdefault(method.num_tokens_at(step, options.steps), step)
-    return [*firsts.values(), *spread]
+    for step in range(1, steps + 1):
+        firsts.setdefault(method.num_tokens_at(step, steps), step)
+    return firsts
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
@@ -245,30 +275,31 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 def compile_method(method: Method, steps: int) -> None:
     """Compile the method's own networks in place; shapes that change along the schedule become dynamic.
 
-    The limit on recompilations is lifted to what the schedule can ask for: beyond it torch falls back to eager
-    execution without a word, and the run would be timed as something it is not.
+    The limit on recompilations is lifted to what the schedule can ask for, and meeting it is an error: torch would
+    fall back to eager execution without a word, and the run would be timed as something it is not.
     """
     import torch._dynamo
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.recompile_limit = 8 + 2 * len(first_steps_by_length(method, steps))
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     for module in method.compiled_modules():
         # not module.compile(): that leaves torch's own containers, such as nn.Sequential, uncompiled without a word
         module.forward = torch.compile(module.forward)
 
 
-def count_recompilations() -> int:
+def count_compiled_graphs() -> int:
     """Graphs compiled since `compile_method`."""
     import torch._dynamo
 
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-def _trained_state(method: Method) -> dict[str, Tensor]:
-    """Copies of everything training changes: trainable parameters and buffers, not the frozen projector."""
-    frozen = {name for name, parameter in method.named_parameters() if not parameter.requires_grad}
-    return {name: value.detach().clone() for name, value in method.state_dict().items() if name not in frozen}
+def _trained_state(method: Method) -> list[tuple[Tensor, Tensor]]:
+    """Everything training changes, each with a copy: trainable parameters and all buffers, no frozen projector."""
+    trained = [parameter.detach() for parameter in method.parameters() if parameter.requires_grad]
+    return [(tensor, tensor.clone()) for tensor in (*trained, *method.buffers())]
 
 
 def _host(value: Tensor | float | None) -> float | None:

@@ -12,18 +12,17 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from lmd_bench.config import (
-    AugmentationConfig,
     DataConfig,
     RecipeConfig,
-    RowConfig,
     RunConfig,
     Suite,
     describe_validation,
     near,
+    resolve_crop,
 )
 from lmd_bench.errors import BenchError, ConfigError
 from lmd_bench.records import RunRecord, cell_folder, read_run
-from lmd_bench.registry import load_method, method_name
+from lmd_bench.registry import check_added, code_digest, load_method, method_name
 
 if TYPE_CHECKING:
     from lmd_bench.data.folders import FolderIndex
@@ -67,14 +66,22 @@ class Plan:
 
 
 def add_rows(values: dict[str, Any], added: Sequence[str]) -> dict[str, str]:
-    """Give every `file.py:Class` a row of its own in raw suite values, under the reference row's recipe.
+    """Give every `file.py:Class` a row of its own in valid raw suite values, under the reference row's recipe.
 
-    Returns method name -> target.
+    A row that already names the method keeps its values. Returns method name -> target. Raises ConfigError for a
+    name that is taken.
     """
-    names = {method_name(target): target for target in added}
-    rows = values.get("methods", {})
-    recipe = rows.get(values.get("reference"), {}).get("recipe") or next(iter(values.get("recipes", {})), "")
-    for name in names:
+    names: dict[str, str] = {}
+    rows = values["methods"]
+    recipe = rows.get(values.get("reference"), next(iter(rows.values())))["recipe"]
+    for target in added:
+        check_added(target)
+        name = method_name(target)
+        if name in names:
+            raise ConfigError(f"--add {target}: {names[name]} is named {name!r} too; give one class another name")
+        if rows.get(name, {}).get("method", name) != name:
+            raise ConfigError(f"--add {target}: the suite has a row {name!r} of another method; rename the class")
+        names[name] = target
         rows.setdefault(name, {"method": name, "label": name, "recipe": recipe})
     return names
 
@@ -104,7 +111,10 @@ def _option_names(model: Any, prefix: str = "") -> list[str]:
 def select_rows(suite: Suite, methods: str | None) -> list[str]:
     """The rows that `--methods a,b` names; None takes all that are built. Raises ConfigError for unknown ones."""
     if methods is None:
-        return [name for name, row in suite.methods.items() if row.planned is None]
+        built = [name for name, row in suite.methods.items() if row.planned is None]
+        if not built:
+            raise ConfigError(f"suite {suite.name}: none of its rows is built yet")
+        return built
     names = list(dict.fromkeys(part.strip() for part in methods.split(",") if part.strip()))
     if not names:
         raise ConfigError("--methods names no method")
@@ -140,7 +150,8 @@ def make_plan(
             if method is None or num_train is None:
                 continue
             cell = _attempt(
-                problems, lambda row=row, seed=seed, m=method: _cell(suite, row, seed, m, device_name, num_train, plan)
+                problems,
+                lambda row=row, seed=seed, m=method: _cell(suite, row, seed, m, device_name, num_train, plan, added),
             )
             if cell is not None:
                 _attempt(problems, lambda cell=cell: _sort_in(plan, cell, force))
@@ -228,7 +239,16 @@ def _check_batches(suite: Suite, rows: Sequence[str], num_train: int, place: str
             )
 
 
-def _cell(suite: Suite, row: str, seed: int, method: type[Method], device: str, num_train: int, plan: Plan) -> Cell:
+def _cell(
+    suite: Suite,
+    row: str,
+    seed: int,
+    method: type[Method],
+    device: str,
+    num_train: int,
+    plan: Plan,
+    added: Mapping[str, str],
+) -> Cell:
     settings = suite.methods[row]
     image_size = settings.image_size or suite.data.image_size
     place = f"methods.{row}.options"
@@ -238,29 +258,35 @@ def _cell(suite: Suite, row: str, seed: int, method: type[Method], device: str, 
         raise ConfigError(describe_validation(error, method.Config, place)) from error
     from lmd_bench.method import DataSpec
 
+    spec = DataSpec(image_size, _num_classes(suite.data, plan))
     try:
-        method.check(options, DataSpec(image_size, _num_classes(suite.data, plan)))
+        method.check(options, spec)
+        token_px = method.token_px(options, spec)
     except BenchError as error:
         raise type(error)(f"{place}: {error}") from error
-    if suite.evaluation.num_checks and image_size % suite.evaluation.unit_px:
-        raise ConfigError(
-            f"evaluation.unit_px: mask units of {suite.evaluation.unit_px} px do not tile images of {image_size} px "
-            f"(row {row})"
-        )
-    recipe = _resolved_recipe(suite.recipes[settings.recipe], suite.data)
+    if suite.evaluation.num_checks and method.yardstick_obstacle(options) is None:
+        _check_masks(suite, image_size, row, token_px)
+    recipe = suite.recipes[settings.recipe]
+    recipe = recipe.model_copy(update={"augmentation": resolve_crop(recipe.augmentation, suite.data)})
     steps_per_epoch = num_train // recipe.batch_size
     steps = suite.steps if suite.steps is not None else max(1, round((suite.epochs or 0) * steps_per_epoch))
+    warmup = _warmup_steps(recipe, steps, steps_per_epoch)
+    if warmup > steps // 2:
+        plan.notes.append(
+            f"{row}: the learning rate warms up for {warmup} of {steps} steps; in so short a run the loss says little"
+        )
     config = RunConfig(
         suite=suite.name,
         row=row,
         label=settings.label,
         method=settings.method,
+        code=code_digest(added[settings.method]) if settings.method in added else None,
         options=options.model_dump(mode="json"),
         image_size=image_size,
         data=suite.data,
         recipe=recipe,
         steps=steps,
-        lr_warmup_steps=_warmup_steps(recipe, steps, steps_per_epoch),
+        lr_warmup_steps=warmup,
         untimed_steps=suite.untimed_steps,
         precision=suite.precision,
         compile=suite.compile,
@@ -282,13 +308,18 @@ def _num_classes(data: DataConfig, plan: Plan) -> int | None:
     return plan.folder_index.num_classes
 
 
-def _resolved_recipe(recipe: RecipeConfig, data: DataConfig) -> RecipeConfig:
-    """`crop: auto` made explicit: scenes are drawn at their size, photographs get MAE's random crops."""
-    if recipe.augmentation.crop != "auto":
-        return recipe
-    crop = "none" if data.name == "scenes" else "random_resized"
-    augmentation = AugmentationConfig.model_validate({**recipe.augmentation.model_dump(), "crop": crop})
-    return recipe.model_copy(update={"augmentation": augmentation})
+def _check_masks(suite: Suite, image_size: int, row: str, token_px: int | None) -> None:
+    """The yardstick's own masks must tile the images and leave every method a token to see."""
+    from lmd_bench.data.yardstick import yardstick_masks
+    from lmd_bench.nn.masking import pixel_mask, token_mask
+
+    evaluation = suite.evaluation
+    masks = yardstick_masks(evaluation.num_images, image_size, evaluation.unit_px, evaluation.keep)
+    if token_px is not None:
+        try:
+            token_mask(pixel_mask(masks, image_size), token_px)
+        except BenchError as error:
+            raise ConfigError(f"evaluation.unit_px: row {row} cannot take the yardstick's masks: {error}") from error
 
 
 def _warmup_steps(recipe: RecipeConfig, steps: int, steps_per_epoch: int) -> int:
@@ -310,6 +341,11 @@ def _sort_in(plan: Plan, cell: Cell, force: bool) -> None:
         plan.cells.append(cell)
         plan.notes.append(f"{cell.config.row} seed {cell.config.seed}: failed before ({record.error}), runs again")
     elif record.config_hash == cell.config.digest():
+        if plan.folder_index is not None and record.data.get("digest") != plan.folder_index.digest:
+            raise ConfigError(
+                f"{cell.folder}: finished on other images than {cell.config.data.path} holds now: "
+                "choose another --out, or --force to run it again"
+            )
         plan.finished.append(cell)
     else:
         raise ConfigError(
@@ -334,8 +370,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def row_summary(name: str, row: RowConfig) -> str:
-    """One line on a row for `list` and `show`."""
-    return f"{name}: {row.label} (method {row.method})" + (f"; not built yet: {row.planned}" if row.planned else "")

@@ -7,8 +7,10 @@ the data phase is what it costs to gather a batch, not to decode one.
 from __future__ import annotations
 
 import datetime
+import math
 import multiprocessing
-from collections.abc import Callable, Generator, Mapping, Sequence
+import signal
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -18,21 +20,21 @@ import torch
 from lmd_bench.config import DataConfig, EvaluationConfig, RunConfig, Suite
 from lmd_bench.errors import TrainingError
 from lmd_bench.harness.calibrator import CALIBRATOR_IMAGE_SIZE, CALIBRATOR_RECIPE, Calibrator
-from lmd_bench.harness.execute import build_method
+from lmd_bench.harness.execute import build_method, try_count_flops
 from lmd_bench.harness.instrument import measure_instrument
 from lmd_bench.harness.loop import Trainer, TrainOptions, compile_method
+from lmd_bench.harness.noise import NUM_CLASSES, NoiseSource
 from lmd_bench.harness.timer import StepTimes, clock_for
-from lmd_bench.metrics.cost import PeakMemory, count_step_flops
+from lmd_bench.metrics.cost import PeakMemory
 from lmd_bench.records import CALIBRATOR, PHASES, ProfileRecord, ProfileRound, ProfileRow
 from lmd_bench.registry import load_method
 
 if TYPE_CHECKING:
     from lmd_bench.harness.plan import Plan
-    from lmd_bench.method import Batch, Method
+    from lmd_bench.method import Method
 
 SCHEDULE_STEPS = 1000
 """Length of the imagined run whose mask schedule the timed steps are taken from."""
-NUM_CLASSES = 1000
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,6 @@ class SpeedOptions:
     """None: every row's own."""
     progress: float | None
     """Point of the mask schedule, 0 to 1, at which all steps are taken; None: midpoints spread over all of it."""
-    flops: bool = True
 
     def positions(self) -> list[int]:
         """Steps of an imagined run of SCHEDULE_STEPS that are timed."""
@@ -61,26 +62,6 @@ class SpeedOptions:
         return f"mean over the mask schedule ({self.steps} midpoints)"
 
 
-@dataclass(frozen=True)
-class NoiseSource:
-    """Endless batches of the same uniform noise, gathered anew for every step."""
-
-    batch_size: int
-    image_size: int
-    device: torch.device
-
-    def batches(self, batch_size: int, seed: int, start_step: int = 1) -> Generator[Batch, None, None]:
-        from lmd_bench.method import Batch
-
-        generator = torch.Generator().manual_seed(seed)
-        shape = (2 * batch_size, 3, self.image_size, self.image_size)
-        images = torch.rand(shape, generator=generator).to(self.device)
-        labels = torch.arange(2 * batch_size, device=self.device) % NUM_CLASSES
-        order = torch.randperm(2 * batch_size, generator=generator)[:batch_size].to(self.device)
-        while True:
-            yield Batch(images[order], labels[order])
-
-
 def profile(
     plan: Plan,
     options: SpeedOptions,
@@ -89,45 +70,45 @@ def profile(
     command: str,
     environment: Mapping[str, Any],
     on_round: Callable[[ProfileRound], None],
+    save: Callable[[ProfileRecord], None],
 ) -> ProfileRecord:
-    """Run all rounds and return their record. A row that fails is left out with its reason."""
+    """Run all rounds and return their record. A row that fails is left out with its reason.
+
+    `save` gets the record so far after every round, so that nothing measured is lost.
+    """
     first = {cell.config.row: cell.config for cell in [*plan.cells, *plan.finished]}
     jobs = {name: _with_batch(config, options.batch_size) for name, config in first.items()}
     device = next(iter(jobs.values())).device
     suite = plan.suite
     jobs = {CALIBRATOR: calibrator_config(suite, device), **jobs}
-    rows: dict[str, ProfileRow] = {}
-    rounds: list[ProfileRound] = []
-    not_measured: dict[str, str] = {}
-    for number in range(options.rounds):
-        for name in _rotated(list(jobs), number):
-            if name in not_measured:
-                continue
-            answer = _in_fresh_process(jobs[name], options, added, number, describe=name not in rows)
-            if isinstance(answer, str):
-                not_measured[name] = answer
-                continue
-            measured, row = answer
-            if row is not None:
-                rows[name] = row
-            rounds.append(measured)
-            on_round(measured)
-    batch_sizes = {config.recipe.batch_size for name, config in jobs.items() if name != CALIBRATOR}
-    return ProfileRecord(
+    record = ProfileRecord(
         suite=suite.name,
         command=command,
         started_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         environment=dict(environment),
-        reference=suite.reference if suite.reference in rows else None,
-        batch_size=max(batch_sizes),
+        reference=suite.reference if suite.reference in jobs else None,
         precision=suite.precision,
         compile=suite.compile,
         progress=options.progress_text(),
-        rows=rows,
-        rounds=rounds,
-        instrument_us_per_step=measure_instrument(clock_for(torch.device(device)), suite.log_every_steps),
-        not_measured=not_measured,
+        rows={},
+        rounds=[],
+        instrument_us_per_step=measure_instrument(torch.device(device), suite.log_every_steps),
     )
+    for number in range(options.rounds):
+        for name in _rotated(list(jobs), number):
+            if name in record.not_measured:
+                continue
+            answer = _in_fresh_process(jobs[name], options, added, number, describe=name not in record.rows)
+            if isinstance(answer, str):
+                record.not_measured[name] = answer
+                continue
+            measured, row = answer
+            if row is not None:
+                record.rows[name] = row
+            record.rounds.append(measured)
+            on_round(measured)
+        save(record)
+    return record
 
 
 def _rotated(names: list[str], number: int) -> list[str]:
@@ -180,12 +161,12 @@ def _in_fresh_process(
     there.close()
     try:
         answer: Answer = here.recv()
+        process.join(timeout=30)
     except EOFError:
         process.join()
         answer = f"the process ended with code {process.exitcode} (out of memory?)"
     finally:
         if process.is_alive():
-            process.join(timeout=30)
             process.kill()
     return answer
 
@@ -193,6 +174,7 @@ def _in_fresh_process(
 def _worker(
     channel: Connection, config: RunConfig, options: SpeedOptions, added: Mapping[str, str], number: int, describe: bool
 ) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent ends its children
     try:
         channel.send(time_row(config, options, added, number, describe=describe))
     except Exception as error:  # told to the parent, which reports the row as not measured
@@ -207,30 +189,19 @@ def time_row(
     device = torch.device(config.device)
     method = build_method(config, method_class, NUM_CLASSES)
     row = _describe(method, config, options) if describe else None
-    clock = clock_for(device)
-    source = NoiseSource(config.recipe.batch_size, config.image_size, device)
-    train_options = TrainOptions(
-        recipe=config.recipe,
-        steps=config.steps,
-        lr_warmup_steps=0,
-        untimed_steps=0,
-        seed=config.seed,
-        device=device,
-        precision=config.precision,
-        compile=config.compile,
-    )
     memory = PeakMemory(device)
     memory.reset()
     if config.compile:
         compile_method(method, config.steps)
-    trainer = Trainer(method, source, train_options, clock)
+    train_options = TrainOptions.from_config(config, lr_warmup_steps=0, untimed_steps=0)
+    trainer = Trainer(method, NoiseSource(method, device), train_options, clock_for(device))
     positions = options.positions()
     trainer.time_steps(_spread(positions, max(options.untimed_steps, len(set(positions)) if config.compile else 0)))
     schedule = [position for position in positions for _ in range(2)]
     outputs, times, _ = trainer.time_steps(schedule, marked=[count % 2 == number % 2 for count in range(len(schedule))])
     last_loss = float(outputs[-1].loss)
-    if last_loss != last_loss:
-        raise TrainingError("the loss is not a number after a few steps; times of such steps mean little")
+    if not math.isfinite(last_loss):
+        raise TrainingError(f"the loss is {last_loss} after a few steps; times of such steps mean little")
     marked = [(step, output) for step, output in zip(times, outputs, strict=True) if step.phases_ms]
     unmarked = [step.period_ms for step in times if not step.phases_ms]
     return _round(config, number, marked, unmarked, memory.peak_bytes()), row
@@ -259,18 +230,14 @@ def _plain(value: Any) -> float | None:
 
 
 def _describe(method: Method, config: RunConfig, options: SpeedOptions) -> ProfileRow:
-    flops = None
-    if options.flops:
-        try:
-            flops = count_step_flops(method, config.recipe.batch_size, SCHEDULE_STEPS, options.positions())
-        except (NotImplementedError, RuntimeError):
-            flops = None
+    flops, _ = try_count_flops(method, config, options.positions())
     optimizer = config.recipe.optimizer
     return ProfileRow(
         label=config.label,
         method=config.method,
         optimizer=f"{optimizer.name} ({optimizer.implementation})",
         parameters=sum(p.numel() for p in method.parameters()),
+        batch_size=config.recipe.batch_size,
         flops_per_step=flops,
         projector=method.projector_name,
     )

@@ -78,6 +78,11 @@ class LMD(Method):
         _latent_size(config, data.image_size, info.factor)
 
     @classmethod
+    def token_px(cls, config: LMDConfig, data: DataSpec) -> int:
+        """A latent patch stands for patch_size x factor pixels."""
+        return config.patch_size * check_projector(config.projector, data.image_size).factor
+
+    @classmethod
     def yardstick_obstacle(cls, config: LMDConfig) -> str | None:
         """A latent predicted up to its patch's own mean and variance cannot be decoded."""
         return "normalised targets" if config.normalize_targets else None

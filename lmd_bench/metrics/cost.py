@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,8 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from lmd_bench.method import Batch, Method
 
 
-def count_step_flops(method: Method, batch_size: int, total_steps: int, steps: Sequence[int] | None = None) -> int:
+def count_step_flops(method: Method, batch: Batch, total_steps: int, steps: Sequence[int] | None = None) -> int:
     """FLOPs (2 x MAC) of one training step, projector included, mean over `steps` (default: 1 to `total_steps`).
+
+    Of `batch` only shapes count.
 
     Forward and backward run on a copy on the meta device, where nothing is computed and every attention kernel is
     counted (on a CPU the fused one is not: pytorch/pytorch#195460). Elementwise work and the optimizer are left out,
@@ -23,6 +26,11 @@ def count_step_flops(method: Method, batch_size: int, total_steps: int, steps: S
     """
     stand_in = copy.deepcopy(method).to("meta")
     stand_in.train()
+    shapes = Batch(
+        batch.images.to("meta"),
+        None if batch.labels is None else batch.labels.to("meta"),
+        {name: tensor.to("meta") for name, tensor in batch.extra.items()},
+    )
     lengths: Counter[int | None] = Counter()
     first_step: dict[int | None, int] = {}
     counted = range(1, total_steps + 1) if steps is None else steps
@@ -32,7 +40,7 @@ def count_step_flops(method: Method, batch_size: int, total_steps: int, steps: S
         first_step.setdefault(length, step)
 
     def count(length: int | None) -> int:
-        return _step_flops(stand_in, batch_size, first_step[length], total_steps)
+        return _step_flops(stand_in, shapes, first_step[length], total_steps)
 
     varying = sorted(length for length in lengths if length is not None)
     if len(varying) <= 4 or len(varying) != len(lengths):
@@ -64,12 +72,7 @@ def _over_varying_lengths(
     return float(sum(count(length) * lengths[length] for length in varying))
 
 
-def _step_flops(method: Method, batch_size: int, step: int, total_steps: int) -> int:
-    size = method.data.image_size
-    labels = None
-    if method.data.num_classes is not None:
-        labels = torch.zeros(batch_size, dtype=torch.int64, device="meta")
-    batch = Batch(torch.empty(batch_size, 3, size, size, device="meta"), labels)
+def _step_flops(method: Method, batch: Batch, step: int, total_steps: int) -> int:
     with FlopCounterMode(display=False) as counter:
         output = method.training_step(method.prepare(batch), step=step, total_steps=total_steps)
         output.loss.backward()
@@ -78,11 +81,16 @@ def _step_flops(method: Method, batch_size: int, step: int, total_steps: int) ->
 
 
 class PeakMemory:
-    """Peak memory from `reset` on: allocated on a GPU, or the process's resident set on Linux."""
+    """Peak memory from `reset` on: allocated on a GPU, or the process's resident set on Linux.
+
+    On a CPU memory that earlier work of the process has not given back counts too; a speed run's fresh processes are
+    free of it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._reset_works = True
+        self._earlier_peak = 0
 
     @property
     def kind(self) -> str:
@@ -93,6 +101,8 @@ class PeakMemory:
         return "not measured: this system cannot reset the peak of the resident set"
 
     def reset(self) -> None:
+        """Forget every peak so far."""
+        self._earlier_peak = 0
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             return
@@ -101,8 +111,23 @@ class PeakMemory:
         except OSError:
             self._reset_works = False
 
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """What the block needs (an evaluation) does not count."""
+        self._earlier_peak = self.peak_bytes() or 0
+        try:
+            yield
+        finally:
+            earlier = self._earlier_peak
+            self.reset()
+            self._earlier_peak = earlier
+
     def peak_bytes(self) -> int | None:
         """Bytes, None where the peak cannot be told apart from that of earlier work."""
+        peak = self._peak_since_reset()
+        return None if peak is None else max(peak, self._earlier_peak)
+
+    def _peak_since_reset(self) -> int | None:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         if not self._reset_works:

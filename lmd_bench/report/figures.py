@@ -243,7 +243,7 @@ class Drawing:
             self._bars(
                 rows,
                 f"profile-phases{profile.tag}",
-                f"Where a step's time goes (speed run, batch {profile.record.batch_size}, {profile.record.precision})",
+                f"Where a step's time goes (speed run, {profile.record.batch_text}, {profile.record.precision})",
                 f"Mean milliseconds over all rounds; {profile.record.progress}. The calibrator is left out.",
                 labels,
             )

@@ -97,7 +97,7 @@ def step_cost_table(record: ProfileRecord, confidence: float, stem: str = "step-
     body += [builder.row(name, name, reason) for name, reason in lost.items()]
     return Table(
         stem,
-        f"Step cost: batch {record.batch_size}, {record.precision}{', compiled' if record.compile else ''}, "
+        f"Step cost: {record.batch_text}, {record.precision}{', compiled' if record.compile else ''}, "
         f"{record.progress}",
         tuple(builder.columns()),
         (Section(None, tuple(body)),),
@@ -153,7 +153,7 @@ class _StepCost:
         projector = about.projector or "none"
         lines = (
             about.label,
-            f"{row.name}, {about.optimizer}, {len(row.rounds)} rounds",
+            f"{row.name}, batch {about.batch_size}, {about.optimizer}, {len(row.rounds)} rounds",
             f"projector: {projector}",
         )
         parts: dict[str, Number | str] = {

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.methods import Tiny, TinyConfig
 
 from lmd_bench.config import load_suite
 from lmd_bench.harness.instrument import measure_instrument
+from lmd_bench.harness.noise import NoiseSource
 from lmd_bench.harness.profile import (
     SCHEDULE_STEPS,
-    NoiseSource,
     SpeedOptions,
     _rotated,
     calibrator_config,
     time_row,
 )
-from lmd_bench.harness.timer import CpuClock
+from lmd_bench.method import DataSpec
 from lmd_bench.records import PHASES
 
 
@@ -50,7 +51,7 @@ def test_the_calibrator_is_the_documented_one_whatever_the_suite_says() -> None:
 
 
 def test_noise_batches_repeat_and_are_gathered_on_the_device() -> None:
-    source = NoiseSource(4, 32, torch.device("cpu"))
+    source = NoiseSource(Tiny(TinyConfig(), DataSpec(32)), torch.device("cpu"))
     first = next(source.batches(4, 0))
     assert first.images.shape == (4, 3, 32, 32)
     assert 0 <= float(first.images.min()) <= float(first.images.max()) <= 1
@@ -77,5 +78,5 @@ def test_a_row_is_timed_with_marks_on_and_off_in_turn(number: int) -> None:
 
 
 def test_the_instruments_cost_is_measured_without_training() -> None:
-    cost = measure_instrument(CpuClock(), log_every_steps=50, num_steps=200)
+    cost = measure_instrument(torch.device("cpu"), log_every_steps=50, num_steps=200)
     assert 0 < cost < 5000

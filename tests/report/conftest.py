@@ -226,7 +226,7 @@ def write_failure(
     write_json(cell_folder(out, suite.name, row, seed) / "record.json", record)
 
 
-def make_profile(suite: Suite, *, rounds: int = 6, **changes: Any) -> ProfileRecord:
+def make_profile(suite: Suite, *, rounds: int = 6, batch_size: int = 16, **changes: Any) -> ProfileRecord:
     """A speed run of all rows with the calibrator, its rounds sharing a slowdown of their own."""
     rng = np.random.default_rng(7)
     shapes = {
@@ -255,6 +255,7 @@ def make_profile(suite: Suite, *, rounds: int = 6, **changes: Any) -> ProfileRec
             label=suite.methods[row].label if row in suite.methods else "calibrator",
             method=row,
             optimizer="adamw (default)",
+            batch_size=batch_size if row != CALIBRATOR else 4,
             parameters=2_600_000 if row != CALIBRATOR else 86_567_656,
             flops_per_step=int(12e9) if row != "ddpm" else None,
             projector="kl scenes-kl-f8" if row.startswith("lmd") else None,
@@ -263,7 +264,7 @@ def make_profile(suite: Suite, *, rounds: int = 6, **changes: Any) -> ProfileRec
     }
     record = ProfileRecord(
         suite=suite.name, command="lmd-bench profile --suite demo", started_at="2026-01-02T04:00:00+00:00",
-        environment=copy.deepcopy(ENVIRONMENT), reference="mae", batch_size=16, precision="fp32", compile=False,
+        environment=copy.deepcopy(ENVIRONMENT), reference="mae", precision="fp32", compile=False,
         progress="mean over the mask schedule (5 midpoints)", rows=about, rounds=parts, instrument_us_per_step=31.0,
     )  # fmt: skip
     return record.model_copy(update=changes)

@@ -112,7 +112,8 @@ def _terminal_runs(report: Report) -> TerminalTable:
     percentage = f"{100 * suite.estimator.confidence:g} %"
     seeds = max(len(found.finished) for found in report.rows.values())
     kind = {0: "nothing measured", 1: f"{percentage} intervals within one run", 2: "two seeds: means, no intervals"}
-    rows = tuple(_terminal_row(found, reference) for found in report.rows.values())
+    measured = [found for found in report.rows.values() if found.runs]
+    rows = tuple(_terminal_row(found, reference) for found in measured)
     return TerminalTable(f"{suite.title} ({kind.get(seeds, f'{percentage} intervals over seeds')})", columns, rows)
 
 
@@ -141,7 +142,7 @@ def _terminal_row(found: RowResult, reference: RowResult | None) -> tuple[str, .
         _terminal_figure(found, lambda e: e.headline.mli, 1.0, interval=False) or "no decrease",
         _terminal_figure(found, lambda e: e.headline.mlt_ms, 1e-3) or "no decrease",
         _terminal_ratio(found, reference),
-        "not measured" if projector is None else percent(projector),
+        "none" if not found.has_projector else "not measured" if projector is None else percent(projector),
         f"{sum(psnrs) / len(psnrs):.2f}" if psnrs else "not measured",
         "; ".join(found.marks).replace("still falling: ", "") or "none",
     )

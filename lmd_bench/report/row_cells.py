@@ -153,12 +153,12 @@ def shares_cell(found: RowResult) -> Cell:
     stall = found.share(lambda phases: phases.stall_share)
     if found.why_nothing or projector is None or stall is None:
         return share_cell(found, None, "phases")
-    return two_shares(projector, stall)
+    return two_shares(projector, stall, has_projector=found.has_projector)
 
 
-def two_shares(projector: float, stall: float) -> Cell:
-    """Projector and stall in one cell."""
-    lines = (percent(projector), f"stall {percent(stall)}")
+def two_shares(projector: float, stall: float, *, has_projector: bool) -> Cell:
+    """Projector and stall in one cell; without a projector its phase is only the cost of one more mark."""
+    lines = (percent(projector) if has_projector else "no projector", f"stall {percent(stall)}")
     return Cell(lines, "value", {"projector_share": projector, "stall_share": stall})
 
 

@@ -87,6 +87,11 @@ class RowResult:
         return self.mean(lambda run: pick(run.record.phases) if run.record.phases else None)
 
     @property
+    def has_projector(self) -> bool:
+        """Whether the row encodes images before it trains on them."""
+        return any(run.record.cost is not None and run.record.cost.projector_parameters > 0 for run in self.finished)
+
+    @property
     def mit_whole_ms(self) -> float | None:
         """Mean period over all measured steps and seeds, ms."""
         values = [one.mit_whole_ms.value for one in self.efficiencies if isinstance(one.mit_whole_ms, Interval)]

@@ -172,7 +172,8 @@ class _StepCost:
             statistics.median(phase_ms(part, phase) / statistics.fmean(part.period_ms) for part in row.rounds)
             for phase in ("projector", "data")
         )
-        return [*cells, two_shares(projector, stall), self._median_cell(bare, "bare_ms")]
+        shares = two_shares(projector, stall, has_projector=row.about.projector is not None)
+        return [*cells, shares, self._median_cell(bare, "bare_ms")]
 
     def _median_cell(self, median: Median, name: str) -> Cell:
         parts: dict[str, Number | str] = {name: median.value}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -55,6 +56,7 @@ def main() -> None:
         # Sleeping at once (passive) makes steps of many small operations twice as slow on an idle machine. A short
         # spin costs neither.
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end is like Ctrl-C: clean, and told
     try:
         app()
     except BenchError as error:
@@ -230,6 +232,7 @@ def _run_cells(plan: Plan, force: bool) -> list[str]:
     """Run what is left to run; names of the cells that failed."""
 
     from lmd_bench.config import save_suite
+    from lmd_bench.harness.allocator import keep_freed_memory
     from lmd_bench.harness.environment import environment
     from lmd_bench.harness.execute import DataShelf, execute, recount
     from lmd_bench.progress import watcher_for
@@ -241,7 +244,7 @@ def _run_cells(plan: Plan, force: bool) -> list[str]:
     if not plan.cells:
         return []
     console = _console()
-    machine = environment(plan.cells[0].config.device)
+    machine = {**environment(plan.cells[0].config.device), "host_memory": keep_freed_memory()}
     watcher = watcher_for(console, len(plan.cells))
     shelf = DataShelf(plan)
     failed = []
@@ -405,6 +408,7 @@ def profile(
     values["data"] = {"name": "scenes", "path": None, "num_train": 4096}  # speed runs read no data
     plan, added = _plan(suite, methods, values, settings, add, device, out, force=True)
     from lmd_bench.config import save_suite
+    from lmd_bench.harness.allocator import keep_freed_memory
     from lmd_bench.harness.environment import environment
     from lmd_bench.harness.profile import SpeedOptions
     from lmd_bench.harness.profile import profile as run_profile
@@ -431,7 +435,7 @@ def profile(
         options,
         added,
         command=_command(),
-        environment=environment(device_name),
+        environment={**environment(device_name), "host_memory": keep_freed_memory()},
         on_round=on_round,
         save=save,
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from lmd_bench.config import RunConfig
 from lmd_bench.data.source import BatchSource, open_source
 from lmd_bench.errors import BenchError
+from lmd_bench.harness.allocator import give_back_freed_memory
 from lmd_bench.harness.environment import gpu_facts
 from lmd_bench.harness.evaluate import YardstickRunner, check_steps
 from lmd_bench.harness.instrument import measure_instrument
@@ -141,6 +142,7 @@ def _shortened(error: Exception) -> str:
 def _measure(cell: Cell, shelf: DataShelf, base: RunRecord, writer: StepWriter, watcher: Watcher) -> RunRecord:
     config = cell.config
     device = torch.device(config.device)
+    give_back_freed_memory()
     source = shelf.source(config)
     method = build_method(config, cell.method, source.num_classes)
     source = source.with_collate(method.collate)

@@ -19,6 +19,7 @@ import torch
 
 from lmd_bench.config import DataConfig, EvaluationConfig, RunConfig, Suite
 from lmd_bench.errors import TrainingError
+from lmd_bench.harness.allocator import keep_freed_memory
 from lmd_bench.harness.calibrator import CALIBRATOR_IMAGE_SIZE, CALIBRATOR_RECIPE, Calibrator
 from lmd_bench.harness.execute import build_method, try_count_flops
 from lmd_bench.harness.instrument import measure_instrument
@@ -187,6 +188,7 @@ def time_row(
     """Time a few steps of one row in this process; with `describe`, count its parameters and FLOPs too."""
     method_class = Calibrator if config.method == CALIBRATOR else load_method(config.method, added)
     device = torch.device(config.device)
+    keep_freed_memory()
     method = build_method(config, method_class, NUM_CLASSES)
     row = _describe(method, config, options) if describe else None
     memory = PeakMemory(device)

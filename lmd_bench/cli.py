@@ -171,7 +171,7 @@ def _plan(
     force: bool,
 ) -> tuple[Plan, dict[str, str]]:
     """From words to a plan; every problem is a BenchError."""
-    from lmd_bench.config import apply_settings, merge, parse_suite, read_suite_values
+    from lmd_bench.suite_files import apply_settings, merge, parse_suite, read_suite_values
 
     values = merge(read_suite_values(suite_name), overrides)
     parse_suite(values, f"suite {suite_name}")
@@ -231,11 +231,11 @@ def _duration(seconds: float) -> str:
 def _run_cells(plan: Plan, force: bool) -> list[str]:
     """Run what is left to run; names of the cells that failed."""
 
-    from lmd_bench.config import save_suite
     from lmd_bench.harness.allocator import keep_freed_memory
     from lmd_bench.harness.environment import environment
     from lmd_bench.harness.execute import DataShelf, execute, recount
     from lmd_bench.progress import watcher_for
+    from lmd_bench.suite_files import save_suite
 
     save_suite(plan.out / plan.suite.name, plan.suite)
     changed = [cell.config.row for cell in plan.finished if recount(cell)]
@@ -300,7 +300,7 @@ def _report(folder: Path, suite: Suite) -> None:
 @app.command("report")
 def report_command(folder: Annotated[Path, typer.Argument(help="OUT/<suite>, or an OUT with several suites.")]) -> None:
     """Make tables, figures and the page again from records on disk. Needs no torch."""
-    from lmd_bench.config import find_suites
+    from lmd_bench.suite_files import find_suites
 
     for place, suite in find_suites(folder):
         _report(place, suite)
@@ -312,8 +312,8 @@ def report_command(folder: Annotated[Path, typer.Argument(help="OUT/<suite>, or 
 @app.command("list")
 def list_command() -> None:
     """Suites, methods, datasets and metrics there are."""
-    from lmd_bench.config import load_suite, shipped_suites
     from lmd_bench.registry import installed_methods
+    from lmd_bench.suite_files import load_suite, shipped_suites
     from lmd_bench.texts import DATASETS, METRICS
 
     _say("suites (lmd-bench run --suite NAME)")
@@ -341,8 +341,9 @@ def show(
     """A suite with every value resolved, or a method's options and their defaults."""
     import yaml
 
-    from lmd_bench.config import load_suite, near, shipped_suites
+    from lmd_bench.config import near
     from lmd_bench.registry import installed_methods, load_method
+    from lmd_bench.suite_files import load_suite, shipped_suites
 
     if name in shipped_suites() or name.endswith((".yaml", ".yml")):
         _say(yaml.safe_dump(load_suite(name).model_dump(mode="json"), sort_keys=False, width=110).rstrip())
@@ -407,12 +408,12 @@ def profile(
     values = _overrides(seeds=None, steps=None, data=None, precision=precision, compile=compile)
     values["data"] = {"name": "scenes", "path": None, "num_train": 4096}  # speed runs read no data
     plan, added = _plan(suite, methods, values, settings, add, device, out, force=True)
-    from lmd_bench.config import save_suite
     from lmd_bench.harness.allocator import keep_freed_memory
     from lmd_bench.harness.environment import environment
     from lmd_bench.harness.profile import SpeedOptions
     from lmd_bench.harness.profile import profile as run_profile
     from lmd_bench.records import CALIBRATOR, ProfileRecord, ProfileRound, write_json
+    from lmd_bench.suite_files import save_suite
 
     options = SpeedOptions(rounds, steps, untimed, batch, progress)
     device_name = plan.cells[0].config.device

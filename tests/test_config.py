@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from lmd_bench.config import (
-    RunConfig,
-    Suite,
+from lmd_bench.config import RunConfig, Suite
+from lmd_bench.errors import ConfigError
+from lmd_bench.suite_files import (
     apply_settings,
     find_suites,
     load_suite,
@@ -19,7 +19,6 @@ from lmd_bench.config import (
     save_suite,
     shipped_suites,
 )
-from lmd_bench.errors import ConfigError
 
 
 def demo(**changes: Any) -> dict[str, Any]:
@@ -153,8 +152,8 @@ def test_set_changes_values_and_options_the_suite_does_not_mention() -> None:
 
 def test_values_that_depend_on_each_other_can_be_set_together() -> None:
     assert changed("steps=null", "epochs=2").epochs == 2
-    optimizer = changed("recipes.equal.optimizer.name=adan", "recipes.equal.optimizer.betas=[0.9, 0.9, 0.9]")
-    assert optimizer.recipes["equal"].optimizer.name == "adan"
+    adan = ("name=adan", "betas=[0.9, 0.9, 0.9]", "implementation=loop")
+    assert changed(*(f"recipes.equal.optimizer.{value}" for value in adan)).recipes["equal"].optimizer.name == "adan"
 
 
 def test_set_reaches_nested_options() -> None:

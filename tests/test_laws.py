@@ -44,6 +44,7 @@ def test_nothing_asks_for_the_name_of_a_method(path: Path) -> None:
     "module",
     [
         "lmd_bench.config",
+        "lmd_bench.suite_files",
         "lmd_bench.records",
         "lmd_bench.registry",
         "lmd_bench.texts",

@@ -8,9 +8,9 @@ from pathlib import Path
 import yaml
 
 from lmd_bench.cli import app
-from lmd_bench.config import load_suite
 from lmd_bench.method import DataSpec
 from lmd_bench.registry import load_method
+from lmd_bench.suite_files import load_suite
 from lmd_bench.testing import check_method
 
 ROOT = Path(__file__).resolve().parents[1]

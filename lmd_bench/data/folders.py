@@ -72,10 +72,11 @@ def scan_folder(path: str | os.PathLike[str], data: DataConfig) -> FolderIndex:
     """Look through a folder of images: find, check, split.
 
     Layouts: class folders (torchvision's ImageFolder), `train/` and `val/` with either inside, or flat. With `val/`
-    the held-out images come from there, otherwise from the images themselves (at most a quarter of them); which ones
-    depends on `data.seed` and the names only. Up to CHECK_ALL_UP_TO images are all decoded once; of more, the held-out
-    ones and a sample. Unusable files are left out. Raises DataError where the folder cannot be used, or where more
-    than one file and more than 1 % of those looked at are unusable.
+    the held-out images come from there, otherwise from the images themselves: as many as `data.num_held_out` says,
+    but at most a quarter of them. Which ones depends on `data.seed` and the names only. Up to CHECK_ALL_UP_TO
+    images are all decoded once; of more, the held-out ones and a sample. Unusable files are left out. Raises
+    DataError where the folder cannot be used, or where more than one file and more than 1 % of those looked at are
+    unusable.
     """
     root, place = Path(path), f"--data {os.fspath(path)}"
     images = _find_images(root, place)
@@ -216,13 +217,12 @@ def _choose_held_out(paths: Sequence[str], from_train: bool, data: DataConfig, i
         allowed = len(usable) // 4 if from_train else len(usable)
         if data.num_held_out > allowed:
             inspection.require_few_faults()
-            source = "a quarter may be held out" if from_train else "val/ holds no more"
+        if allowed == 0:
+            source = "a quarter of the images may be held out" if from_train else "val/ has no usable image"
             raise DataError(
-                f"{inspection.place}: data.num_held_out asks for {data.num_held_out} of {len(usable)} usable images, "
-                f"but only {allowed} can be given ({source}); add images or lower data.num_held_out and "
-                "evaluation.num_images"
+                f"{inspection.place}: no image can be held out of {len(usable)} usable ones ({source}); add images"
             )
-        chosen = _first_by_hash(usable, data.num_held_out, "held-out", data.seed)
+        chosen = _first_by_hash(usable, min(data.num_held_out, allowed), "held-out", data.seed)
         if not inspection.look_at(chosen):
             return chosen
 

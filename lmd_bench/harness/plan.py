@@ -11,18 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from lmd_bench.config import (
-    DataConfig,
-    RecipeConfig,
-    RunConfig,
-    Suite,
-    describe_validation,
-    near,
-    resolve_crop,
-)
+from lmd_bench.config import DataConfig, EvaluationConfig, RecipeConfig, RunConfig, Suite, near, resolve_crop
 from lmd_bench.errors import BenchError, ConfigError
 from lmd_bench.records import RunRecord, cell_folder, read_run
 from lmd_bench.registry import check_added, code_digest, load_method, method_name
+from lmd_bench.suite_files import describe_validation
 
 if TYPE_CHECKING:
     from lmd_bench.data.folders import FolderIndex
@@ -287,16 +280,27 @@ def _cell(
         recipe=recipe,
         steps=steps,
         lr_warmup_steps=warmup,
-        untimed_steps=suite.untimed_steps,
+        untimed_steps=min(suite.untimed_steps, steps),
         precision=suite.precision,
         compile=suite.compile,
         seed=seed,
         device=device,
         log_every_steps=suite.log_every_steps,
-        evaluation=suite.evaluation,
+        evaluation=_evaluation(suite, plan),
         estimator=suite.estimator,
     )
     return Cell(config, method, cell_folder(plan.out, suite.name, row, seed))
+
+
+def _evaluation(suite: Suite, plan: Plan) -> EvaluationConfig:
+    """The suite's yardstick, on as many images as a small folder can hold out."""
+    there = suite.data.num_held_out if plan.folder_index is None else len(plan.folder_index.held_out)
+    if there >= suite.evaluation.num_images:
+        return suite.evaluation
+    note = f"the yardstick uses the {there} images that can be held out, not {suite.evaluation.num_images}"
+    if note not in plan.notes:
+        plan.notes.append(note)
+    return suite.evaluation.model_copy(update={"num_images": there})
 
 
 def _num_classes(data: DataConfig, plan: Plan) -> int | None:

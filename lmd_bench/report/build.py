@@ -69,9 +69,17 @@ def build_report(folder: Path, suite: Suite, *, command: str) -> Report:
     except OSError as error:
         raise RecordError(f"{target}: the report cannot be written: {error}") from error
     drawn = [path for figure in figures for path in (figure.png, figure.csv)]
+    _remove_left_over(target, {*paths, *drawn})
     return Report(
         suite, target, page, (page, *paths, *drawn), tuple(results.problems), source.warnings, tuple(tables), rows
     )
+
+
+def _remove_left_over(folder: Path, written: set[Path]) -> None:
+    """Tables and figures of speed runs change their names with the number of runs: older ones would contradict."""
+    for pattern in ("step-cost*", "profile-phases*"):
+        for path in set(folder.glob(pattern)) - written:
+            path.unlink()
 
 
 def make_tables(suite: Suite, results: Results, rows: dict[str, RowResult]) -> list[Table]:

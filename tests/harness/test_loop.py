@@ -241,10 +241,10 @@ def test_a_compiled_run_learns_the_same_and_compiles_every_shape_before_the_cloc
 @pytest.mark.parametrize("row", ["lmd-cs", "lmd-cs-adan", "mae", "ddpm"])
 def test_the_timed_loop_never_makes_the_host_wait(row: str, precision: str) -> None:
     """Every row of the demo trains with synchronisation forbidden, but for the pauses, which are off the clock."""
-    from lmd_bench.config import load_suite
     from lmd_bench.harness.noise import NoiseSource
     from lmd_bench.harness.timer import CudaClock
     from lmd_bench.registry import load_method
+    from lmd_bench.suite_files import load_suite
 
     class Clock(CudaClock):
         def drain(self) -> None:

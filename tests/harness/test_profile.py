@@ -6,7 +6,6 @@ import pytest
 import torch
 from helpers.methods import Tiny, TinyConfig
 
-from lmd_bench.config import load_suite
 from lmd_bench.harness.instrument import measure_instrument
 from lmd_bench.harness.noise import NoiseSource
 from lmd_bench.harness.profile import (
@@ -18,6 +17,7 @@ from lmd_bench.harness.profile import (
 )
 from lmd_bench.method import DataSpec
 from lmd_bench.records import PHASES
+from lmd_bench.suite_files import load_suite
 
 
 def options(**changes: object) -> SpeedOptions:

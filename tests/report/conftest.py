@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lmd_bench.config import Suite, parse_suite
+from lmd_bench.config import Suite
 from lmd_bench.metrics.efficiency import EstimatorConfig, measure_run
 from lmd_bench.records import (
     CALIBRATOR,
@@ -29,6 +29,7 @@ from lmd_bench.records import (
     cell_folder,
     write_json,
 )
+from lmd_bench.suite_files import parse_suite
 
 ENVIRONMENT: dict[str, Any] = {
     "device": "cpu",

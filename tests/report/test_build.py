@@ -349,6 +349,9 @@ def test_two_speed_runs_get_tables_of_their_own(tmp_path: Path, suite: Suite) ->
     write_json(tmp_path / "demo" / "profile-b64-bf16.json", make_profile(suite, batch_size=64, precision="bf16"))
     stems = [one.stem for one in build(tmp_path, suite).tables if one.stem.startswith("step-cost")]
     assert stems == ["step-cost-b16-fp32", "step-cost-b64-bf16"]
+    (tmp_path / "demo" / "profile-b64-bf16.json").unlink()
+    build(tmp_path, suite)
+    assert not list((tmp_path / "demo" / "report").glob("step-cost-b64*")), "left over from a speed run that is gone"
 
 
 def test_one_row_alone_has_no_reference_to_compare_with(tmp_path: Path, suite: Suite) -> None:

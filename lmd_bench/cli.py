@@ -199,8 +199,10 @@ def _show_plan(plan: Plan) -> None:
         _say(f"  {config.row}: batch {config.recipe.batch_size} at {config.image_size} px, {state}{latent}")
     for name, reason in plan.planned.items():
         _say(f"  {name}: not measured: {reason}")
-    for note in plan.notes:
-        _say(f"  note: {note}")
+    rows = dict.fromkeys(cell.config.row for cell in everything)
+    for note in dict.fromkeys([*(suite.methods[row].note for row in rows), *plan.notes]):
+        if note:
+            _say(f"  note: {note}")
 
 
 def _show_estimate(plan: Plan) -> None:

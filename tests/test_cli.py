@@ -278,6 +278,7 @@ def test_in1k_runs_three_steps_at_published_size(tmp_path: Path, lmd: Lmd) -> No
     for planned in ("SimMIM", "GreenMIM", "UM-MAE"):
         assert planned in table
     assert "not built yet" in table
+    assert "the released recipe uses the SD-v1.4 KL autoencoder" in done.out
 
 
 # -- bad input: one clear line, exit 2, nothing written ---------------------------------------------------------------

@@ -399,6 +399,10 @@ def profile(
         float | None,
         typer.Option("--progress", min=0, max=1, help="Point of the mask schedule; default: the mean over all of it."),
     ] = None,
+    keep_memory: Annotated[
+        bool,
+        typer.Option("--keep-memory/--no-keep-memory", help="Keep freed host memory, as runs do, or the default."),
+    ] = True,
     device: DeviceOption = "auto",
     precision: PrecisionOption = None,
     compile: CompileOption = None,
@@ -417,7 +421,8 @@ def profile(
     from lmd_bench.records import CALIBRATOR, ProfileRecord, ProfileRound, write_json
     from lmd_bench.suite_files import save_suite
 
-    options = SpeedOptions(rounds, steps, untimed, batch, progress)
+    options = SpeedOptions(rounds, steps, untimed, batch, keep_memory, progress)
+    host_memory = keep_freed_memory() if keep_memory else "the system's default"
     device_name = plan.cells[0].config.device
 
     def on_round(measured: ProfileRound) -> None:
@@ -428,6 +433,7 @@ def profile(
     folder = plan.out / plan.suite.name
     tag = f"{'own-batch' if batch is None else f'b{batch}'}-{plan.suite.precision}"
     tag += ("-compiled" if plan.suite.compile else "") + ("" if progress is None else f"-at{progress:g}")
+    tag += "" if keep_memory else "-default-memory"
     path = _unused(folder, f"profile-{tag}")
 
     def save(measured: ProfileRecord) -> None:
@@ -438,7 +444,7 @@ def profile(
         options,
         added,
         command=_command(),
-        environment={**environment(device_name), "host_memory": keep_freed_memory()},
+        environment={**environment(device_name), "host_memory": host_memory},
         on_round=on_round,
         save=save,
     )

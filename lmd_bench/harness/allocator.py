@@ -2,8 +2,8 @@
 
 By default glibc gives the top of its heap back to the system as soon as it is free, and takes large blocks from the
 system one by one. Whether a training step has to page its buffers in anew, every time, then depends on where in the
-heap they happen to lie: measured here, a MAE ViT-B step on a CPU took 8 % longer than with memory kept and the
-calibrator's not a bit. With this, all rows and the calibrator are timed on memory they already have.
+heap they happen to lie, which differs from model to model. With this, all rows and the calibrator are timed on memory
+they already have. `lmd-bench profile --no-keep-memory` measures the difference (reports/README.md has one such run).
 """
 
 from __future__ import annotations

@@ -48,6 +48,8 @@ class SpeedOptions:
     untimed_steps: int
     batch_size: int | None
     """None: every row's own."""
+    keep_memory: bool
+    """Keep freed host memory (`allocator`), as runs do; False leaves the system's default."""
     progress: float | None
     """Point of the mask schedule, 0 to 1, at which all steps are taken; None: midpoints spread over all of it."""
 
@@ -188,7 +190,8 @@ def time_row(
     """Time a few steps of one row in this process; with `describe`, count its parameters and FLOPs too."""
     method_class = Calibrator if config.method == CALIBRATOR else load_method(config.method, added)
     device = torch.device(config.device)
-    keep_freed_memory()
+    if options.keep_memory:
+        keep_freed_memory()
     method = build_method(config, method_class, NUM_CLASSES)
     row = _describe(method, config, options) if describe else None
     memory = PeakMemory(device)

@@ -21,7 +21,15 @@ from lmd_bench.suite_files import load_suite
 
 
 def options(**changes: object) -> SpeedOptions:
-    values = {"rounds": 1, "steps": 5, "untimed_steps": 1, "batch_size": None, "progress": None, **changes}
+    values = {
+        "rounds": 1,
+        "steps": 5,
+        "untimed_steps": 1,
+        "batch_size": None,
+        "keep_memory": True,
+        "progress": None,
+        **changes,
+    }
     return SpeedOptions(**values)  # type: ignore[arg-type]
 
 

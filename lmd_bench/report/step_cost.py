@@ -264,6 +264,8 @@ class _StepCost:
             "Marks on / off: steps with the timer's inner marks over steps without, interleaved in one process; "
             '"holds" says that the interval includes the cost of the instrument timed in isolation.',
         ]
+        if host_memory := record.environment.get("host_memory"):
+            notes.append(f"Freed host memory: {host_memory}.")
         if self.rows:
             notes.append(self._instrument_note())
         return notes + [f"{name}: {plain(reason)}" for name, reason in record.not_measured.items()]

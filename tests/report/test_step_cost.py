@@ -94,3 +94,9 @@ def test_without_reference_or_calibrator_the_ratios_say_so(suite: Suite) -> None
     cells = cells_of(table, "mae")
     assert cells["reference_ratio"].lines == ("not measured: no reference row was profiled",)
     assert cells["calibrator_bare_ratio"].lines == ("not measured: the calibrator was not profiled",)
+
+
+def test_the_table_says_how_freed_host_memory_was_handled(suite: Suite) -> None:
+    record = make_profile(suite)
+    record.environment["host_memory"] = "glibc, keeping freed memory"
+    assert "Freed host memory: glibc, keeping freed memory." in step_cost_table(record, 0.95).notes

@@ -94,8 +94,9 @@ class OptimizerConfig(_Values):
     """Two for adamw and adam, three for adan (in the convention of its code: 0.98, 0.92, 0.99)."""
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
-    implementation: Literal["default", "loop", "foreach", "fused"] = "default"
-    """`default` is the library's own choice for the device; the others force one."""
+    implementation: Literal["default", "loop", "foreach", "fused", "compiled"] = "default"
+    """`default` is the library's own choice for the device; the others force one. `compiled` is for adan only: our
+    own, one kernel made by torch.compile (`harness.adan`)."""
 
     @model_validator(mode="after")
     def _fits(self) -> OptimizerConfig:
@@ -103,7 +104,9 @@ class OptimizerConfig(_Values):
         if len(self.betas) != wanted or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer {self.name} needs {wanted} betas in [0, 1), got {list(self.betas)}")
         if self.name == "adan" and self.implementation == "fused":
-            raise ValueError("adan has no fused implementation: use default, loop or foreach")
+            raise ValueError("adan has no fused implementation: use default, loop, foreach or compiled")
+        if self.name != "adan" and self.implementation == "compiled":
+            raise ValueError(f"{self.name} has no compiled implementation: use default, loop, foreach or fused")
         return self
 
 

@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lmd_bench.errors import RecordError
 
 SCHEMA = 1
+RECONSTRUCTIONS = "reconstructions"
+"""Folder beside a cell's weights that `lmd-bench reconstruct` writes to by default."""
 PHASES = ("data", "projector", "forward", "backward", "optimizer")
 """The five parts of a step, in order; their times add up to the period."""
 STEP_COLUMNS = (
@@ -85,6 +87,15 @@ class Cost(_Part):
     """Graphs that torch.compile made, where it was on: more than a few say that shapes keep changing."""
 
 
+class SavedWeights(_Part):
+    """The trained weights that a cell has left in its folder."""
+
+    file: str
+    sha256: str
+    """Of the whole file, hexadecimal."""
+    num_bytes: int
+
+
 class Check(_Part):
     """One look at the yardstick."""
 
@@ -95,6 +106,20 @@ class Check(_Part):
     """Mean over images of the PSNR over hidden pixels."""
     ssim: float
     """Mean SSIM of the composite image."""
+    num_images: int
+
+
+class Progressive(_Part):
+    """One way to unveil the hidden tokens over several predictions, at the end of a run."""
+
+    levels: int | None
+    """Predictions asked for; 1 is one shot, None every level of the mask schedule."""
+    order: str
+    """Which tokens are unveiled first; "none" for one shot."""
+    function_evaluations: int
+    """Forward passes of the network for each image, at most."""
+    psnr_db: float
+    """Mean over images of the PSNR over hidden pixels."""
     num_images: int
 
 
@@ -113,6 +138,10 @@ class Yardstick(_Part):
     """PSNR gained when the projector sees the whole image before latents are masked."""
     mean_colour_psnr_db: float | None = None
     """PSNR of filling hidden pixels with the mean colour of the visible ones: what no learning reaches."""
+    nearest_unit_psnr_db: float | None = None
+    """PSNR of filling every hidden unit with a copy of the nearest visible one: a second floor."""
+    progressive: list[Progressive] = []
+    """One shot and several levels on the same images, for methods that have levels."""
 
 
 class RunRecord(_Part):
@@ -143,6 +172,8 @@ class RunRecord(_Part):
     efficiency: dict[str, Any] | None = None
     """`lmd_bench.metrics.efficiency.RunEfficiency.to_dict()`."""
     yardstick: Yardstick | None = None
+    weights: SavedWeights | None = None
+    """None where the run was told not to keep them."""
     not_measured: dict[str, str] = {}
     """Figure -> why it is missing."""
     notes: list[str] = []
@@ -200,6 +231,99 @@ class ProfileRecord(_Part):
         return f"batch {sizes.pop()}" if len(sizes) == 1 else "each row at its own batch"
 
 
+class InferenceRound(_Part):
+    """One task of one row at one batch size, in one fresh process."""
+
+    round: int
+    row: str
+    task: str
+    """"reconstruct", "reconstruct, <levels> levels, <order>" or "sample"."""
+    batch_size: int
+    calls_ms: list[float]
+    """Whole calls: images or nothing in, images out, projector included."""
+    encode_ms: float | None
+    """Mean of encoding one such batch by the projector; None in pixel space."""
+    decode_ms: float | None
+    """Mean of encoding and decoding one, less `encode_ms`; None in pixel space."""
+    function_evaluations: int | None
+    """Passes through the trained network in one call, counted; None where no trained layer was called."""
+    peak_memory_bytes: int | None
+
+
+class InferenceRow(_Part):
+    """What a row of the inference table is, apart from its times."""
+
+    label: str
+    method: str
+    parameters: int
+    image_size: int
+    projector: str | None = None
+    own_mask: str | None = None
+    """Set where the method cannot take the yardstick's masks."""
+
+
+class NotMeasured(_Part):
+    """A task that could not be done, and why."""
+
+    row: str
+    task: str | None
+    """None: nothing of the row."""
+    batch_size: int | None
+    """None: at no batch size."""
+    reason: str
+
+
+class InferenceRecord(_Part):
+    """What a reconstructed and a sampled image cost: interleaved rounds in fresh processes, random weights."""
+
+    schema_version: int = Field(default=SCHEMA, alias="schema")
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    suite: str
+    command: str
+    started_at: str
+    environment: dict[str, Any]
+    reference: str | None
+    precision: str
+    batch_sizes: list[int]
+    unit_px: int
+    keep: float
+    """The yardstick's masks: side of a unit, and the share of units that stay visible."""
+    peak_memory_kind: str
+    rows: dict[str, InferenceRow]
+    rounds: list[InferenceRound]
+    not_measured: list[NotMeasured] = []
+
+
+class OptimizerCostRound(_Part):
+    """One optimizer's turn in one fresh process."""
+
+    round: int
+    optimizer: str
+    step_ms: list[float]
+    untimed_ms: list[float]
+    """The steps before, with first touch of memory and, where there is any, compilation."""
+    compiled_graphs: int
+    peak_memory_bytes: int | None
+
+
+class OptimizerCostRecord(_Part):
+    """Steps of optimizers alone, over the tensors of one model."""
+
+    schema_version: int = Field(default=SCHEMA, alias="schema")
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    command: str
+    started_at: str
+    environment: dict[str, Any]
+    model: str
+    num_tensors: int
+    num_parameters: int
+    untimed_steps: int
+    rounds: list[OptimizerCostRound]
+    not_measured: dict[str, str] = {}
+
+
+CACHED_LATENTS = "cached latents"
+"""Ends a ProfileRow's projector where its steps read latents that were encoded before."""
 CALIBRATOR = "calibrator"
 """Row name of the calibrator in a ProfileRecord: timm vit_base_patch16_224, batch 4, fp32, torch.optim.AdamW."""
 
@@ -232,6 +356,11 @@ def read_run(path: Path) -> RunRecord:
 def read_profile(path: Path) -> ProfileRecord:
     """A `profile.json`."""
     return _read(path, ProfileRecord)
+
+
+def read_inference(path: Path) -> InferenceRecord:
+    """An `inference*.json`."""
+    return _read(path, InferenceRecord)
 
 
 _Record = TypeVar("_Record", bound=BaseModel)

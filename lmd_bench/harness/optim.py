@@ -11,25 +11,56 @@ import torch
 from torch import Tensor, nn
 
 from lmd_bench.config import OptimizerConfig, RecipeConfig
+from lmd_bench.errors import ConfigError
+from lmd_bench.harness.adan import CompiledAdan, compile_obstacle
 from lmd_bench.method import Method
 
 
 def build_optimizer(method: Method, recipe: RecipeConfig) -> torch.optim.Optimizer:
     """The recipe's optimizer over the method's own parameter groups. The learning rate is set anew at every step."""
-    config = recipe.optimizer
-    groups = method.param_groups(config.weight_decay)
-    if config.name == "adan":
-        from timm.optim.adan import Adan
+    optimizer = optimizer_over(method.param_groups(recipe.optimizer.weight_decay), recipe)
+    if isinstance(optimizer, CompiledAdan):
+        optimizer.compile_kernels()  # here, off the clock: a run may be without untimed steps
+    return optimizer
 
-        adan: torch.optim.Optimizer = Adan(
-            groups, lr=peak_lr(recipe), betas=_three(config), eps=config.eps, foreach=_adan_foreach(config, groups)
-        )
-        return adan
+
+def optimizer_over(groups: list[dict[str, Any]], recipe: RecipeConfig) -> torch.optim.Optimizer:
+    """The recipe's optimizer over groups that are given. Raises ConfigError where it cannot work on their device."""
+    config = recipe.optimizer
+    if config.name == "adan":
+        return _build_adan(config, groups, peak_lr(recipe))
     options: dict[str, Any] = {}
     if config.implementation != "default":
         options = {"foreach": config.implementation == "foreach", "fused": config.implementation == "fused"}
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     return kind(groups, lr=peak_lr(recipe), betas=(config.betas[0], config.betas[1]), eps=config.eps, **options)
+
+
+def _build_adan(config: OptimizerConfig, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+    """timm's Adan, or ours where the recipe asks for one compiled kernel."""
+    if config.implementation == "compiled":
+        for kind in sorted({parameter.device.type for group in groups for parameter in group["params"]}):
+            check_optimizer(config, kind)
+        return CompiledAdan(groups, lr=lr, betas=_three(config), eps=config.eps)
+    from timm.optim.adan import Adan
+
+    adan: torch.optim.Optimizer = Adan(
+        groups, lr=lr, betas=_three(config), eps=config.eps, foreach=_adan_foreach(config, groups)
+    )
+    return adan
+
+
+def check_optimizer(config: OptimizerConfig, device: str) -> None:
+    """Raise ConfigError where an optimizer cannot work on a device ("cpu", "cuda:0"). Builds nothing."""
+    if config.implementation != "compiled":
+        return
+    kind = device.partition(":")[0]
+    if (obstacle := compile_obstacle(kind)) is not None:
+        instead = "foreach" if kind == "cuda" else "loop"
+        raise ConfigError(
+            f"optimizer.implementation: compiled cannot be used on {kind}: {obstacle}; put that right, "
+            f"or choose {instead}"
+        )
 
 
 def _three(config: OptimizerConfig) -> tuple[float, float, float]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shlex
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,8 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-projector_app = typer.Typer(help="Train the small latent projector that ships with the package.", no_args_is_help=True)
-app.add_typer(projector_app, name="projector")
+lsp_app = typer.Typer(help="Latent space projectors: train, inspect, import, encode with one.", no_args_is_help=True)
+app.add_typer(lsp_app, name="lsp")
 
 SuiteOption = Annotated[str, typer.Option("--suite", help="A shipped suite by name, or a path ending in .yaml.")]
 MethodsOption = Annotated[
@@ -109,6 +111,10 @@ def run(
     add: AddOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and estimate time and disk.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Run cells again that are finished.")] = False,
+    save_weights: Annotated[
+        bool,
+        typer.Option("--save-weights/--no-save-weights", help="Keep every cell's trained weights, for `reconstruct`."),
+    ] = True,
 ) -> None:
     """Train and measure every row of a suite, then write its tables and figures."""
     plan, _ = _plan(
@@ -120,6 +126,7 @@ def run(
         device,
         out,
         force,
+        save_weights=save_weights,
     )
     _show_plan(plan)
     if dry_run:
@@ -169,6 +176,8 @@ def _plan(
     device: str,
     out: Path,
     force: bool,
+    save_weights: bool = False,
+    reads_data: bool = True,
 ) -> tuple[Plan, dict[str, str]]:
     """From words to a plan; every problem is a BenchError."""
     from lmd_bench.suite_files import apply_settings, merge, parse_suite, read_suite_values
@@ -183,7 +192,17 @@ def _plan(
     if settings:
         options = method_options(suite, added, rows)
         suite = parse_suite(apply_settings(values, settings, options), f"suite {suite_name} with --set")
-    return make_plan(suite, rows, device=device, out=out, added=added, force=force), added
+    plan = make_plan(
+        suite,
+        rows,
+        device=device,
+        out=out,
+        added=added,
+        force=force,
+        reads_data=reads_data,
+        save_weights=save_weights,
+    )
+    return plan, added
 
 
 def _show_plan(plan: Plan) -> None:
@@ -196,6 +215,7 @@ def _show_plan(plan: Plan) -> None:
         state = "finished" if cell in plan.finished else f"{config.steps} steps"
         projector = config.options.get("projector", {})
         latent = f", projector {projector.get('path') or projector['kind']}" if projector else ""
+        latent += ", cached latents" if projector and projector.get("cache") else ""
         _say(f"  {config.row}: batch {config.recipe.batch_size} at {config.image_size} px, {state}{latent}")
     for name, reason in plan.planned.items():
         _say(f"  {name}: not measured: {reason}")
@@ -413,7 +433,7 @@ def profile(
     """Speed runs: what one step costs, in interleaved rounds and fresh processes, with a calibrator beside."""
     values = _overrides(seeds=None, steps=None, data=None, precision=precision, compile=compile)
     values["data"] = {"name": "scenes", "path": None, "num_train": 4096}  # speed runs read no data
-    plan, added = _plan(suite, methods, values, settings, add, device, out, force=True)
+    plan, added = _plan(suite, methods, values, settings, add, device, out, force=True, reads_data=False)
     from lmd_bench.harness.allocator import keep_freed_memory
     from lmd_bench.harness.environment import environment
     from lmd_bench.harness.profile import SpeedOptions
@@ -456,12 +476,202 @@ def profile(
         sys.exit(1)
 
 
+@app.command()
+def inference(
+    suite: SuiteOption = "demo",
+    methods: MethodsOption = None,
+    batch: Annotated[str, typer.Option("--batch", help="Batch sizes, separated by commas.")] = "1,64",
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Interleaved rounds.")] = 5,
+    calls: Annotated[int, typer.Option("--calls", min=1, help="Timed calls per task, row and round.")] = 3,
+    untimed: Annotated[int, typer.Option("--untimed", min=1, help="Untimed calls first, per process.")] = 1,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = None,
+    out: OutOption = DEFAULT_OUT,
+    settings: SetOption = None,
+    add: AddOption = None,
+) -> None:
+    """What a reconstructed and a sampled image cost: seconds, function evaluations and memory, with random weights."""
+    try:
+        sizes = tuple(dict.fromkeys(int(part) for part in batch.split(",") if part.strip()))
+    except ValueError as error:
+        raise ConfigError(f"--batch {batch}: whole numbers separated by commas, such as 1,64") from error
+    if not sizes or min(sizes) < 1:
+        raise ConfigError(f"--batch {batch}: at least one number, and none below 1")
+    values = _overrides(seeds=None, steps=None, data=None, precision=precision, compile=None)
+    values["data"] = {"name": "scenes", "path": None, "num_train": 4096}  # inputs are noise
+    plan, added = _plan(suite, methods, values, settings, add, device, out, force=True, reads_data=False)
+    from lmd_bench.harness.allocator import keep_freed_memory
+    from lmd_bench.harness.environment import environment
+    from lmd_bench.harness.inference import InferenceOptions, measure_inference
+    from lmd_bench.records import InferenceRecord, InferenceRound, write_json
+    from lmd_bench.suite_files import save_suite
+
+    def on_round(measured: InferenceRound) -> None:
+        seconds = sum(measured.calls_ms) / len(measured.calls_ms) / 1e3 / measured.batch_size
+        place = f"round {measured.round + 1}/{rounds}  {measured.row}, batch {measured.batch_size}"
+        _say(f"  {place}, {measured.task}: {seconds:.4g} s/image")
+
+    folder = plan.out / plan.suite.name
+    path = _unused(folder, f"inference-{plan.suite.precision}")
+
+    def save(measured: InferenceRecord) -> None:
+        write_json(path, measured)
+
+    measure_inference(
+        plan,
+        InferenceOptions(sizes, rounds, calls, untimed),
+        added,
+        command=_command(),
+        environment={**environment(plan.cells[0].config.device), "host_memory": keep_freed_memory()},
+        on_round=on_round,
+        save=save,
+    )
+    save_suite(folder, plan.suite, keep=True)
+    _report(folder, plan.suite)
+
+
+@app.command("profile-optimizers")
+def profile_optimizers(
+    model: Annotated[
+        str, typer.Option("--model", help="Whose tensors: latent-vit-b4 (110.8 M) or pixel-vit-b16 (111.7 M).")
+    ] = "latent-vit-b4",
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Interleaved rounds.")] = 5,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Timed steps per optimizer and round.")] = 5,
+    untimed: Annotated[int, typer.Option("--untimed", min=1, help="Untimed steps first, per process.")] = 2,
+    device: DeviceOption = "auto",
+    out: OutOption = DEFAULT_OUT,
+) -> None:
+    """What AdamW's and Adan's steps cost by themselves, in every implementation, over the tensors of one model."""
+    from lmd_bench.harness.allocator import keep_freed_memory
+    from lmd_bench.harness.environment import environment
+    from lmd_bench.harness.optimizer_cost import OptimizerCostOptions, compare_optimizers
+    from lmd_bench.harness.plan import resolve_device
+    from lmd_bench.records import OptimizerCostRecord, OptimizerCostRound, write_json
+    from lmd_bench.report.cells import to_markdown
+    from lmd_bench.report.optimizer_cost import optimizer_cost_table
+    from lmd_bench.report.origin import commit_text, machine_text
+
+    def on_round(measured: OptimizerCostRound) -> None:
+        median = sorted(measured.step_ms)[len(measured.step_ms) // 2]
+        _say(f"  round {measured.round + 1}/{rounds}  {measured.optimizer}: {median:.2f} ms/step")
+
+    name = resolve_device(device)
+
+    def save(measured: OptimizerCostRecord) -> None:
+        machine, commit = machine_text(measured.environment), commit_text(measured.environment)
+        origin = [f"Machine: {machine}", f"Commit: {commit}", f"Command: {measured.command}"]
+        write_json(out / "optimizer-cost.json", measured)
+        text = to_markdown(optimizer_cost_table(measured), origin)
+        (out / "optimizer-cost.md").write_text(text, encoding="utf-8")
+
+    record = compare_optimizers(
+        OptimizerCostOptions(model, rounds, steps, untimed, name),
+        command=_command(),
+        environment={**environment(name), "host_memory": keep_freed_memory()},
+        on_round=on_round,
+        save=save,
+    )
+    _say(f"written: {out / 'optimizer-cost.json'}, {out / 'optimizer-cost.md'}")
+    for left_out, reason in record.not_measured.items():
+        _errors().print(f"{left_out}: not measured: {reason}", markup=False, soft_wrap=True)
+    if record.not_measured:
+        sys.exit(1)
+
+
 def _unused(folder: Path, stem: str) -> Path:
     """`stem.json`, or with a number behind it where earlier speed runs have taken the name."""
     path, number = folder / f"{stem}.json", 2
     while path.exists():
         path, number = folder / f"{stem}-{number}.json", number + 1
     return path
+
+
+# -- reconstruct ------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def reconstruct(
+    checkpoint: Annotated[
+        Path, typer.Option("--checkpoint", help="A finished cell, OUT/<suite>/<row>/seed-<n>, or a weights file.")
+    ],
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Image files or folders. Default: the first held-out images of the run."),
+    ] = None,
+    mask_ratio: Annotated[
+        float | None, typer.Option("--mask-ratio", help="Share of the image hidden at random. Default: as in the run.")
+    ] = None,
+    mask_image: Annotated[
+        Path | None, typer.Option("--mask-image", help="A picture of the mask: white is hidden.")
+    ] = None,
+    levels: Annotated[
+        str | None,
+        typer.Option("--levels", help="Unveil in so many predictions: 1 is one shot, `all` the whole mask schedule."),
+    ] = None,
+    order: Annotated[str, typer.Option("--order", help="What is unveiled first: random or confidence.")] = "random",
+    seed: Annotated[int, typer.Option("--seed", help="Of masks and orders; each image makes its own of it.")] = 0,
+    figure6: Annotated[
+        bool, typer.Option("--figure6", help="Draw masks along the schedule for five images, for the report too.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Default: `reconstructions` beside the weights.")] = None,
+    device: DeviceOption = "auto",
+    add: AddOption = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="The checkpoint is its authors': load it as this method.")
+    ] = None,
+    projector: Annotated[
+        str | None, typer.Option("--projector", help="Of an authors' checkpoint: a folder or shipped:NAME.")
+    ] = None,
+    normalized_targets: Annotated[
+        bool | None,
+        typer.Option("--normalized-targets/--plain-targets", help="What an authors' checkpoint was trained on."),
+    ] = None,
+) -> None:
+    """Fill hidden parts of images with a trained method: original, masked and reconstructed beside each other."""
+    if mask_ratio is not None and mask_image is not None:
+        raise ConfigError("--mask-ratio and --mask-image: give one of them")
+    wanted_levels = _levels(levels)
+    if method is None and (projector is not None or normalized_targets is not None):
+        raise ConfigError("--projector, --normalized-targets and --plain-targets belong to --method")
+    import torch
+
+    from lmd_bench.harness.plan import resolve_device
+    from lmd_bench.reconstruct import checkpoint as opening
+    from lmd_bench.reconstruct.figure6 import FIGURE6_IMAGES, draw_figure6
+    from lmd_bench.reconstruct.fill import TABLE_FILE, Request
+    from lmd_bench.reconstruct.fill import reconstruct as fill
+    from lmd_bench.reconstruct.pictures import held_out_pictures, read_pictures
+    from lmd_bench.records import RECONSTRUCTIONS
+    from lmd_bench.registry import check_added, method_name
+
+    place = torch.device(resolve_device(device))
+    for target in add or []:
+        check_added(target)
+    if method is None:
+        opened = opening.open_run(checkpoint, place, {method_name(target): target for target in add or []})
+    else:
+        opened = opening.open_official(
+            checkpoint, method, place, projector=projector, normalized_targets=normalized_targets
+        )
+    pictures = read_pictures(images, opened.image_size) if images else held_out_pictures(opened, FIGURE6_IMAGES)
+    folder = out or opened.path.parent / RECONSTRUCTIONS
+    if figure6:
+        for path in draw_figure6(opened, pictures, seed, folder):
+            _say(f"written: {path}")
+    ratio = opened.mask_ratio if mask_ratio is None else mask_ratio
+    rows = fill(opened, pictures, Request(ratio, mask_image, wanted_levels, order, seed), folder)
+    for row in rows:
+        _say(f"  {row.picture}: {row.text}")
+    _say(f"written: {len(rows)} pictures (original | masked | reconstructed) and {TABLE_FILE} in {folder}")
+
+
+def _levels(text: str | None) -> int | None:
+    """`--levels`: None is the method's default, 0 stands for all."""
+    if text is None or text == "all":
+        return None if text is None else 0
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"--levels {text}: a whole number from 1 on, or all")
+    return int(text)
 
 
 # -- making what is shipped -------------------------------------------------------------------------------------------
@@ -479,56 +689,191 @@ def coverage(
     _say(f"written: {out / 'coverage.md'}, {out / 'coverage.csv'}")
 
 
-@projector_app.callback()
-def _projector() -> None:
-    """Keeps `train` a subcommand of its own while it is the only one."""
-
-
-@projector_app.command("train")
-def projector_train(
-    out: Annotated[Path, typer.Option("--out", help="Folder to write, readable by diffusers.")],
-    seed: Annotated[int, typer.Option(help="Seed of scenes, weights and batches.")] = 0,
-    steps: Annotated[int, typer.Option()] = 9000,
-    batch_size: Annotated[int, typer.Option()] = 16,
-    image_size: Annotated[int, typer.Option(help="px")] = 64,
-    crop_size: Annotated[int, typer.Option(help="px; side of the random crops trained on")] = 32,
-    num_images: Annotated[int, typer.Option(help="Training scenes, made once.")] = 8192,
-    num_held_out: Annotated[int, typer.Option()] = 256,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 4e-3,
-    lr_warmup_steps: Annotated[int, typer.Option()] = 100,
-    block_out_channels: Annotated[str, typer.Option(help="One number per resolution.")] = "32,32,32,32",
-    layers_per_block: Annotated[int, typer.Option()] = 0,
-    latent_channels: Annotated[int, typer.Option()] = 4,
-    norm_num_groups: Annotated[int, typer.Option()] = 8,
-    l1_weight: Annotated[float, typer.Option()] = 0.1,
-    l2_weight: Annotated[float, typer.Option()] = 1.0,
-    kl_weight: Annotated[float, typer.Option(help="Per nat of a latent number.")] = 1e-5,
+@lsp_app.command("encode")
+def lsp_encode(
+    projector: Annotated[str, typer.Option("--projector", help="A projector's folder, or shipped:NAME.")],
+    data: Annotated[str, typer.Option("--data", help="Folder of training images, or scenes.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; `projector.cache` of a row names it.")],
+    views: Annotated[int, typer.Option("--views", help="Augmented views of every image.")] = 4,
+    image_size: Annotated[
+        int | None, typer.Option("--image-size", help="px. Default: 64 for scenes, 224 for a folder.")
+    ] = None,
+    num_images: Annotated[
+        int | None, typer.Option("--num-images", help="Training images. Default: 4096 scenes, all of a folder.")
+    ] = None,
+    num_held_out: Annotated[
+        int, typer.Option("--num-held-out", help="Images kept away from training (data.num_held_out).")
+    ] = 64,
+    seed: Annotated[int, typer.Option("--seed", help="Which scenes, which held-out images (data.seed).")] = 0,
+    view_seed: Annotated[
+        int, typer.Option("--view-seed", help="View v is what a run of this seed sees in its epoch v.")
+    ] = 0,
+    crop: Annotated[str, typer.Option("--crop", help="auto, none or random_resized, as in recipes.")] = "auto",
+    crop_scale: Annotated[tuple[float, float], typer.Option("--crop-scale", help="Share of the area.")] = (0.2, 1.0),
+    crop_ratio: Annotated[tuple[float, float], typer.Option("--crop-ratio", help="Width over height.")] = (0.75, 4 / 3),
+    interpolation: Annotated[str, typer.Option("--interpolation", help="bicubic or bilinear.")] = "bicubic",
+    flip: Annotated[bool, typer.Option("--flip/--no-flip", help="Mirror one in two.")] = True,
+    scale: Annotated[float, typer.Option("--scale", help="Factor on the latents (projector.scale).")] = 1.0,
+    precision: Annotated[str, typer.Option("--precision", help="fp32 or bf16, of the encoder.")] = "fp32",
+    dtype: Annotated[str, typer.Option("--dtype", help="float32 or float16, on disk.")] = "float32",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images encoded at once.")] = 64,
     device: DeviceOption = "auto",
 ) -> None:
-    """Train a KL autoencoder (f = 8) on scenes and write it as a diffusers folder."""
+    """Encode training images once, so that rows with `projector.cache: DIR` read latents instead of projecting."""
+    from lmd_bench.harness.encode import EncodeOptions, encode_data
     from lmd_bench.harness.plan import resolve_device
-    from lmd_bench.projector.train import KLTrainOptions, train_kl
+    from lmd_bench.progress import encoded_line
+
+    folder = None if data == "scenes" else data
+    options = EncodeOptions.parse(
+        {
+            "projector": projector,
+            "scale": scale,
+            "precision": precision,
+            "data": {
+                "name": "scenes" if folder is None else "folder",
+                "path": folder,
+                "image_size": image_size or (64 if folder is None else 224),
+                "num_train": num_images or (4096 if folder is None else None),
+                "num_held_out": num_held_out,
+                "seed": seed,
+            },
+            "augmentation": {
+                "crop": crop,
+                "scale": crop_scale,
+                "ratio": crop_ratio,
+                "interpolation": interpolation,
+                "flip": flip,
+            },
+            "views": views,
+            "view_seed": view_seed,
+            "dtype": dtype,
+            "batch_size": batch_size,
+        },
+        "lsp encode",
+    )
+    meta = encode_data(
+        options,
+        out,
+        device=resolve_device(device),
+        command=_command(),
+        on_progress=lambda *figures: _say(encoded_line(*figures)),
+    )
+    _say(
+        f"{out}: {meta.views} x {meta.shape[1]} images as latents {'x'.join(map(str, meta.shape[2:]))} {meta.dtype}, "
+        f"{meta.num_bytes / 2**20:.1f} MiB, in {_duration(meta.seconds)}; use it with "
+        f"--set methods.ROW.options.projector.cache={out}"
+    )
+
+
+# -- latent space projectors ------------------------------------------------------------------------------------------
+
+
+def _lsp_train(
+    out: Annotated[Path, typer.Option("--out", help="Folder to write, readable by diffusers.")],
+    device: DeviceOption = "auto",
+    **values: Any,
+) -> None:
+    """Train a latent space projector (VQGAN, KL or light) and write it as a diffusers folder.
+
+    The same command goes on where an interrupted one stopped.
+    """
+    from lmd_bench.harness.plan import resolve_device
+    from lmd_bench.projector.train_config import parse_options
+
+    options = parse_options(values)
+    device_name = resolve_device(device)
+    from lmd_bench.projector.train import STATE_FILE, train_lsp
 
     try:
-        channels = tuple(int(part) for part in block_out_channels.split(","))
-    except ValueError as error:
-        raise ConfigError(f"--block-out-channels {block_out_channels}: whole numbers separated by commas") from error
-    options = KLTrainOptions(
-        seed=seed,
-        steps=steps,
-        batch_size=batch_size,
-        image_size=image_size,
-        crop_size=crop_size,
-        num_images=num_images,
-        num_held_out=num_held_out,
-        lr=lr,
-        lr_warmup_steps=lr_warmup_steps,
-        block_out_channels=channels,
-        layers_per_block=layers_per_block,
-        latent_channels=latent_channels,
-        norm_num_groups=norm_num_groups,
-        l1_weight=l1_weight,
-        l2_weight=l2_weight,
-        kl_weight=kl_weight,
+        train_lsp(out, options, device=device_name, log=_say)
+    except KeyboardInterrupt:
+        kept = "The last saved state is kept" if (out / STATE_FILE).exists() else "No state was saved yet"
+        _say(f"\nstopped. {kept} in {out}; go on with:\n  {_command()}")
+        sys.exit(130)
+
+
+@lsp_app.command("import")
+def lsp_import(
+    checkpoint: Annotated[Path, typer.Argument(help="Of taming-transformers or latent-diffusion (.ckpt, ...).")],
+    out: Annotated[Path, typer.Argument(help="Folder to write, readable by diffusers; must not exist yet.")],
+) -> None:
+    """Turn a CompVis checkpoint (VQGAN, KL or VQ first stage, or a whole latent diffusion model) into a projector."""
+    from lmd_bench.projector.compvis import import_checkpoint
+
+    report = import_checkpoint(checkpoint, out)
+    _say(
+        f"{out}: {report.num_parameters:,} parameters, factor {report.factor}, {report.latent_channels} latent "
+        f"channels, from {len(report.used)} keys; use it as projector {{kind: {report.kind}, path: {out}}}"
     )
-    train_kl(out, options, device=resolve_device(device), log=_say)
+    if report.left_out:
+        groups = ", ".join(f"{name} ({count})" for name, count in report.left_out_groups.items())
+        _say(f"left out, not part of the projector: {len(report.left_out)} keys: {groups}")
+
+
+@lsp_app.command("inspect")
+def lsp_inspect(
+    projectors: Annotated[list[str], typer.Argument(help="Folders of projectors, or shipped:NAME.")],
+    data: Annotated[str, typer.Option("--data", help="Folder of images, or scenes.")] = "scenes",
+    images: Annotated[int, typer.Option("--images", min=1, help="Held-out images to measure on.")] = 256,
+    image_size: Annotated[
+        int | None, typer.Option("--image-size", help="px. Default: 64 for scenes, 224 for a folder.")
+    ] = None,
+    shown: Annotated[int, typer.Option("--shown", min=1, help="Images in figure 7.")] = 4,
+    precision: Annotated[str, typer.Option("--precision", help="fp32 or bf16, of the projectors.")] = "fp32",
+    device: DeviceOption = "auto",
+    out: Annotated[Path, typer.Option("--out", help="Folder for the table and figure 7.")] = DEFAULT_OUT / "projectors",
+) -> None:
+    """Measure projectors: cost, quality, codebook use and leak, with figure 7 (image, latent, reconstruction)."""
+    from lmd_bench.harness.plan import resolve_device
+    from lmd_bench.projector.config import check_projector, config_of_path
+
+    size = image_size or (64 if data == "scenes" else 224)
+    if precision not in ("fp32", "bf16"):
+        raise ConfigError(f"--precision {precision}: must be fp32 or bf16")
+    configs = [config_of_path(path, precision) for path in projectors]
+    for config in configs:
+        check_projector(config, size)
+    device_name = resolve_device(device)
+    import torch
+
+    from lmd_bench.harness.environment import environment, machine_name
+    from lmd_bench.projector.inspect import inspect_projector, open_inspect_data
+    from lmd_bench.projector.inspect_report import make_table, require_writable, write_inspections
+
+    require_writable(out)
+    found = open_inspect_data(None if data == "scenes" else data, images, size, torch.device(device_name))
+    inspections = [inspect_projector(config, found, num_samples=shown) for config in configs]
+    provenance = [_command(), machine_name(environment(device_name))]
+    written = write_inspections(out, inspections, found.described, provenance)
+    table = make_table(inspections, found.described)
+    console = _console()
+    turned = Table("", *(row[0].text for row in table.rows), title=table.title, title_justify="left")
+    for place, column in enumerate(table.columns[1:], 1):
+        head = f"{column.group}: {column.head}" if column.group else column.head
+        turned.add_row(head, *(row[place].text for row in table.rows))
+    console.print(turned, markup=False)
+    for note in table.notes:
+        _say(note)
+    _say(f"written: {', '.join(path.name for path in written)} in {out}")
+
+
+def _with_train_options(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with one option for every field of LSPTrainOptions, so that each default and text stands once."""
+    from lmd_bench.projector.train_config import command_line_options
+
+    signature = inspect.signature(command, eval_str=True)
+    own = [parameter for parameter in signature.parameters.values() if parameter.name != "values"]
+    options = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, typer.Option(help=text)]
+        )
+        for name, kind, default, text in command_line_options()
+    ]
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + options
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+lsp_train = lsp_app.command("train")(_with_train_options(_lsp_train))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+
+from lmd_bench.projector.config import ProjectorConfig
 
 
 class MethodConfig(BaseModel):
@@ -33,11 +35,14 @@ class Batch:
     """One batch as the harness hands it over, already on the training device."""
 
     images: Tensor
-    """(B, 3, S, S) float32 in [0, 1]; cropped and flipped as the recipe says, not normalised."""
+    """(B, 3, S, S) float32 in [0, 1]; cropped and flipped as the recipe says, not normalised. Empty beside
+    `prepared`."""
     labels: Tensor | None = None
     """(B,) int64, or None where the data has none."""
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     """What the method's own `collate` made ahead of the step, by name."""
+    prepared: Any | None = None
+    """What `Method.prepare` would have returned, read from a cache; None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,11 @@ class StepOutput:
     detached, () and may stay on the device; nothing here may force the host to wait."""
 
 
+def inputs_of(method: Method, batch: Batch) -> Any:
+    """What `training_step` gets: the batch as it was prepared ahead, or as the method prepares it now."""
+    return method.prepare(batch) if batch.prepared is None else batch.prepared
+
+
 class Method(nn.Module, ABC):
     """One approach under test.
 
@@ -62,6 +72,9 @@ class Method(nn.Module, ABC):
     """The options a suite may set for this method."""
     mask_pattern: ClassVar[str | None] = None
     """Set, in words, where a method cannot take the yardstick's masks: it is then shown as "own mask", not ranked."""
+
+    progressive_orders: ClassVar[tuple[str, ...]] = ()
+    """Orders in which `reconstruct_progressively` unveils tokens; empty where a method has no levels to walk."""
 
     def __init__(self, config: MethodConfig, data: DataSpec) -> None:
         super().__init__()
@@ -87,6 +100,11 @@ class Method(nn.Module, ABC):
         """
         return None
 
+    @classmethod
+    def plan_text(cls, config: Any, data: DataSpec) -> str | None:
+        """A sentence for the plan on what these options come to with this data, None where there is nothing to say."""
+        return None
+
     # -- training -------------------------------------------------------------------------------------------------
 
     def collate(self, samples: list[tuple[Tensor, int | None]], generator: torch.Generator) -> Mapping[str, Tensor]:
@@ -99,6 +117,16 @@ class Method(nn.Module, ABC):
     def prepare(self, batch: Batch) -> Any:
         """Frozen work on a batch, timed as the phase "projector". Default: the images as they are."""
         return batch.images
+
+    @classmethod
+    def latent_cache(cls, config: Any) -> ProjectorConfig | None:
+        """The projector whose latents this row reads from a cache (`projector.cache`), None where it reads images."""
+        return None
+
+    @property
+    def cached_shape(self) -> tuple[int, ...] | None:
+        """Shape of what such a row reads for one image, (C, h, w) float32; None where it reads images."""
+        return None
 
     @abstractmethod
     def training_step(self, inputs: Any, *, step: int, total_steps: int) -> StepOutput:
@@ -146,6 +174,17 @@ class Method(nn.Module, ABC):
     def round_trip(self, images: Tensor) -> Tensor | None:
         """Images through the projector and back, the ceiling of what `reconstruct` can reach; None in pixel space."""
         return None
+
+    def reconstruct_progressively(
+        self, images: Tensor, mask: Tensor, *, levels: int | None, order: str, seeds: Sequence[int]
+    ) -> tuple[Tensor, int]:
+        """As `reconstruct`, but hidden tokens are unveiled over several predictions.
+
+        `levels` is their number (1: one shot, None: every level of the method's mask schedule), `order` one of
+        `progressive_orders`. `seeds` has a number for each image: what becomes of an image depends on it, not on
+        the rest of the batch. Returns the images and the forward passes of the network they took.
+        """
+        raise TypeError(f"{type(self).__name__} reconstructs in one way only")
 
     @property
     def projector_name(self) -> str | None:

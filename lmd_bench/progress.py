@@ -23,6 +23,12 @@ def ended_line(record: RunRecord) -> str:
     return text + ("" if record.timing.valid else " (INVALID: wall time does not add up)")
 
 
+def encoded_line(num_images: int, total: int, images_per_s: float) -> str:
+    """How the making of a latent cache gets on; views count as images."""
+    left = (total - num_images) / max(1e-9, images_per_s)
+    return f"latent cache: {num_images}/{total} images encoded  {images_per_s:.0f} images/s  {left:.0f} s left"
+
+
 class PlainWatcher:
     """A line for each event, for pipes and logs."""
 
@@ -36,6 +42,9 @@ class PlainWatcher:
         self._count += 1
         self._total = config.steps
         self._line(f"[{self._count}/{self._num_cells}] {config.row} seed {config.seed}: {config.steps} steps")
+
+    def encoded(self, num_images: int, total: int, images_per_s: float) -> None:
+        self._line("    " + encoded_line(num_images, total, images_per_s))
 
     def trained(self, step: int, loss: float, mask_ratio: float | None, steps_per_s: float) -> None:
         ratio = "" if mask_ratio is None else f"  mask {mask_ratio:.2f}"
@@ -89,6 +98,10 @@ class LiveWatcher:
         name = f"[{self._count}/{self._num_cells}] {config.row} seed {config.seed}"
         self._progress.start()
         self._task = self._progress.add_task(name.replace("[", r"\["), total=config.steps, figures="preparing")
+        self._progress.refresh()
+
+    def encoded(self, num_images: int, total: int, images_per_s: float) -> None:
+        self._progress.update(self._task, figures=encoded_line(num_images, total, images_per_s))
         self._progress.refresh()
 
     def trained(self, step: int, loss: float, mask_ratio: float | None, steps_per_s: float) -> None:

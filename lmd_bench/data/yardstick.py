@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from lmd_bench.data._scene_random import scene_keys, uniform
-from lmd_bench.errors import ConfigError
-from lmd_bench.nn.masking import pixel_mask
+from lmd_bench.errors import ConfigError, DataError
+from lmd_bench.nn.masking import pixel_mask, take_tokens
+from lmd_bench.nn.patches import patchify, unpatchify
 from lmd_bench.seeding import derive_seed
 
 
@@ -46,3 +47,24 @@ def hide(images: Tensor, mask: Tensor) -> Tensor:
 def paste(filled: Tensor, images: Tensor, mask: Tensor) -> Tensor:
     """The composite (B, 3, S, S): `filled` where hidden, `images` where visible."""
     return torch.where(pixel_mask(mask, images.shape[-1]), filled, images)
+
+
+def fill_nearest_unit(images: Tensor, mask: Tensor) -> Tensor:
+    """Images (B, C, S, S) with a copy of the nearest visible unit in every hidden unit of `mask` (B, g, g) bool.
+
+    Distances are between the units' centres; of several at the same distance the first in raster order is taken. No
+    value of a hidden pixel reaches the result. Every image needs a visible unit.
+    """
+    side = mask.shape[-1]
+    hidden = mask.flatten(1)
+    if bool(hidden.all(dim=1).any()):
+        raise DataError("nearest visible unit: an image has no visible unit at all")
+    rows, columns = torch.meshgrid(*[torch.arange(side, device=mask.device)] * 2, indexing="ij")
+    places = torch.stack([rows.flatten(), columns.flatten()], dim=1)
+    squares = (places[:, None] - places[None]).square().sum(dim=-1)
+    # one distinct number for each pair, so that the least is unique on every device: distance first, then the raster
+    ranks = squares * side**2 + torch.arange(side**2, device=mask.device)
+    nearest = ranks.masked_fill(hidden.unsqueeze(1), torch.iinfo(torch.int64).max).argmin(dim=2)
+    unit_px = images.shape[-1] // side
+    copied = unpatchify(take_tokens(patchify(images, unit_px), nearest), unit_px, images.shape[1])
+    return paste(copied, images, mask)

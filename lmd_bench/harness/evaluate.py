@@ -8,15 +8,21 @@ import torch
 from torch import Tensor
 
 from lmd_bench.config import EvaluationConfig
-from lmd_bench.data.yardstick import hide, paste, yardstick_masks
+from lmd_bench.data.yardstick import fill_nearest_unit, hide, paste, yardstick_masks
 from lmd_bench.errors import TrainingError
 from lmd_bench.harness.seeding import reseed
 from lmd_bench.method import Method
 from lmd_bench.metrics.image import psnr_hidden, ssim
 from lmd_bench.nn.masking import fill_with_visible_mean, pixel_mask
-from lmd_bench.records import Check, Yardstick
+from lmd_bench.records import Check, Progressive, Yardstick
+from lmd_bench.seeding import derive_seed
 
 Filler = Callable[[Tensor, Tensor], Tensor | None]
+
+PROGRESSIVE_LEVELS: tuple[int | None, ...] = (8, None)
+"""Numbers of levels that are compared with one shot at the end of a run; None is the whole mask schedule."""
+PROGRESSIVE_IMAGES = 16
+"""At most so many of the held-out images: walking all levels takes dozens of forward passes."""
 
 
 class YardstickRunner:
@@ -43,8 +49,9 @@ class YardstickRunner:
         return result
 
     def summary(self, method: Method) -> Yardstick:
-        """All checks, and beside them the floor (mean colour), the projector's ceiling and the latent leak."""
+        """All checks, and beside them the floors, the projector's ceiling, the latent leak and unveiling by levels."""
         floor = self._psnr(method, _fill_mean_colour)
+        second_floor = self._psnr(method, fill_nearest_unit)
         ceiling = self._psnr(method, lambda images, mask: method.round_trip(images))
         leaking = self._psnr(method, lambda images, mask: method.reconstruct_leaking(images, mask))
         return Yardstick(
@@ -57,6 +64,38 @@ class YardstickRunner:
             ceiling_psnr_db=ceiling,
             latent_leak_db=leaking - self.checks[-1].psnr_db if leaking is not None and self.checks else None,
             mean_colour_psnr_db=floor,
+            nearest_unit_psnr_db=second_floor,
+            progressive=self._progressive(method),
+        )
+
+    def _progressive(self, method: Method) -> list[Progressive]:
+        """One shot, then every number of levels in every order, all on the same images; empty without levels."""
+        orders = method.progressive_orders
+        if not orders:
+            return []
+        variants = [(1, orders[0]), *((levels, order) for levels in PROGRESSIVE_LEVELS for order in orders)]
+        return [self._variant(method, levels, order) for levels, order in variants]
+
+    def _variant(self, method: Method, levels: int | None, order: str) -> Progressive:
+        count = min(len(self._images), PROGRESSIVE_IMAGES)
+        seeds = [derive_seed("unveil", self._seed, number) for number in range(count)]
+        evaluations: list[int] = []
+
+        def fill(images: Tensor, mask: Tensor) -> Tensor:
+            own = [seeds.pop(0) for _ in images]
+            filled, passes = method.reconstruct_progressively(
+                hide(images, mask), mask, levels=levels, order=order, seeds=own
+            )
+            evaluations.append(passes)
+            return filled
+
+        psnr, _ = self._measure(method, fill, count)
+        return Progressive(
+            levels=levels,
+            order=order if levels != 1 else "none",
+            function_evaluations=max(evaluations),
+            psnr_db=psnr,
+            num_images=count,
         )
 
     def _psnr(self, method: Method, fill: Filler) -> float | None:
@@ -66,13 +105,14 @@ class YardstickRunner:
         return self._measure(method, fill)[0]
 
     @torch.no_grad()
-    def _measure(self, method: Method, fill: Filler) -> tuple[float, float]:
-        """Mean PSNR over hidden pixels and mean SSIM of the composite."""
+    def _measure(self, method: Method, fill: Filler, num_images: int | None = None) -> tuple[float, float]:
+        """Mean PSNR over hidden pixels and mean SSIM of the composite, over the first `num_images` (None: all)."""
+        end = len(self._images) if num_images is None else num_images
         was_training = method.training
         method.eval()
         psnrs, similarities = [], []
-        for start in range(0, len(self._images), self._config.batch_size):
-            images, mask = self._chunk(start, start + self._config.batch_size)
+        for start in range(0, end, self._config.batch_size):
+            images, mask = self._chunk(start, min(end, start + self._config.batch_size))
             reseed(self._device, self._seed, "yardstick", start)
             filled = fill(images, mask)
             if filled is None or filled.shape != images.shape or not bool(torch.isfinite(filled).all()):

@@ -19,14 +19,17 @@ from lmd_bench.harness.allocator import give_back_freed_memory
 from lmd_bench.harness.environment import gpu_facts
 from lmd_bench.harness.evaluate import YardstickRunner, check_steps
 from lmd_bench.harness.instrument import measure_instrument
+from lmd_bench.harness.latents import open_cached
 from lmd_bench.harness.loop import Trainer, TrainOptions, TrainResult
 from lmd_bench.harness.noise import noise_batch
 from lmd_bench.harness.plan import Cell, Plan
 from lmd_bench.harness.seeding import reseed
 from lmd_bench.harness.timer import StepTimes, clock_for
+from lmd_bench.harness.weights import WEIGHTS_FILE, save_weights
 from lmd_bench.method import DataSpec, Method
 from lmd_bench.metrics.cost import PeakMemory, count_step_flops
 from lmd_bench.metrics.efficiency import EstimatorConfig, measure_run
+from lmd_bench.projector.cache_encode import OnProgress
 from lmd_bench.records import (
     PHASES,
     STEP_COLUMNS,
@@ -46,6 +49,8 @@ class Watcher(Protocol):
 
     def began(self, config: RunConfig) -> None: ...
 
+    def encoded(self, num_images: int, total: int, images_per_s: float) -> None: ...
+
     def trained(self, step: int, loss: float, mask_ratio: float | None, steps_per_s: float) -> None: ...
 
     def checked(self, step: int, psnr_db: float) -> None: ...
@@ -55,23 +60,30 @@ class Watcher(Protocol):
 
 @dataclass
 class DataShelf:
-    """Data sources already made, so that rows with the same data and augmentation share them."""
+    """Data sources already made, so that rows with the same data and augmentation, or the same cache, share them."""
 
     plan: Plan
     _sources: dict[str, BatchSource] = field(default_factory=dict)
 
-    def source(self, config: RunConfig) -> BatchSource:
-        """The source for a cell's images and augmentation."""
-        key = f"{config.image_size} {config.recipe.augmentation}"
-        if key not in self._sources:
-            self._sources[key] = open_source(
-                config.data,
-                config.image_size,
-                config.recipe.augmentation,
-                torch.device(config.device),
-                index=self.plan.folder_index,
-            )
-        return self._sources[key]
+    def source(self, config: RunConfig, *, command: str, on_progress: OnProgress) -> BatchSource:
+        """The source for a cell's images and augmentation, or for its cached latents.
+
+        A cache that has to be made is made here; `command` is noted in it, `on_progress` told of it.
+        """
+        images_key = f"{config.image_size} {config.recipe.augmentation}"
+        need = self.plan.caches.get(config.row)
+        key = images_key if need is None else str(need.folder)
+        if key in self._sources:
+            return self._sources[key]
+        index = self.plan.folder_index
+        if need is None:
+            device = torch.device(config.device)
+            source = open_source(config.data, config.image_size, config.recipe.augmentation, device, index=index)
+        else:
+            images = self._sources.get(images_key)
+            source = open_cached(need, config, index, images, command=command, on_progress=on_progress)
+        self._sources[key] = source
+        return source
 
     def close(self) -> None:
         for source in self._sources.values():
@@ -108,7 +120,7 @@ def execute(
         num_steps=config.steps,
     )
     try:
-        for name in ("record.json", "error.txt"):
+        for name in ("record.json", "error.txt", WEIGHTS_FILE):
             (cell.folder / name).unlink(missing_ok=True)
         with closing(StepWriter(cell.folder / "steps.csv")) as writer:
             record = _measure(cell, shelf, base, writer, watcher)
@@ -142,8 +154,8 @@ def _shortened(error: Exception) -> str:
 def _measure(cell: Cell, shelf: DataShelf, base: RunRecord, writer: StepWriter, watcher: Watcher) -> RunRecord:
     config = cell.config
     device = torch.device(config.device)
+    source = shelf.source(config, command=base.command, on_progress=watcher.encoded)
     give_back_freed_memory()
-    source = shelf.source(config)
     method = build_method(config, cell.method, source.num_classes)
     source = source.with_collate(method.collate)
     not_measured: dict[str, str] = {}
@@ -169,6 +181,7 @@ def _measure(cell: Cell, shelf: DataShelf, base: RunRecord, writer: StepWriter, 
     peak = memory.peak_bytes()
     with trainer.averaged():
         summary = yardstick.summary(method) if yardstick else None
+        weights = save_weights(method, cell.folder / WEIGHTS_FILE, config) if shelf.plan.save_weights else None
     instrument_us = measure_instrument(device, config.log_every_steps)
     notes = [] if result.wall.valid else [f"invalid: {result.wall.residual_share:.2%} of the wall time is missing"]
     return base.model_copy(
@@ -186,6 +199,7 @@ def _measure(cell: Cell, shelf: DataShelf, base: RunRecord, writer: StepWriter, 
             ),
             "efficiency": _efficiency(result, rows, config),
             "yardstick": summary,
+            "weights": weights,
             "not_measured": not_measured,
             "data": source.describe(),
             "gpu_at_end": gpu_facts(config.device, {}) if device.type == "cuda" else None,
@@ -306,8 +320,14 @@ def _column(rows: list[tuple[object, ...]], name: str) -> list[float] | None:
 
 
 def source_notes(source: BatchSource) -> list[str]:
-    """What the data has to say for itself, such as files it could not read."""
+    """What the data has to say for itself, such as files it could not read, or work done ahead of the clock."""
     facts = source.describe()
     names = [*facts.get("skipped", []), *facts.get("unreadable_in_training", [])]
     count = facts.get("num_skipped", 0) + facts.get("num_unreadable_in_training", 0)
-    return [f"{count} image files could not be used: {', '.join(names[:5])}"] if count else []
+    notes = [f"{count} image files could not be used: {', '.join(names[:5])}"] if count else []
+    if cache := facts.get("latent_cache"):
+        notes.append(
+            f"latents were read from a cache: encoding {cache['views']} x {facts['num_train']} images took "
+            f"{cache['seconds']:.1f} s and {cache['num_bytes'] / 2**20:.1f} MiB once, off the clock"
+        )
+    return notes

@@ -17,7 +17,7 @@ from lmd_bench.errors import TrainingError
 from lmd_bench.harness.optim import WeightAverage, build_optimizer, clip_gradients, lr_at, set_lr
 from lmd_bench.harness.seeding import reseed
 from lmd_bench.harness.timer import Clock, StepTimer, StepTimes, WallCheck
-from lmd_bench.method import Batch, Method, StepOutput
+from lmd_bench.method import Batch, Method, StepOutput, inputs_of
 
 
 class Batches(Protocol):
@@ -149,7 +149,7 @@ class Trainer:
         reseed(options.device, options.seed, "step", step)
         batch = ready if ready is not None else next(batches)
         timer.mark()
-        inputs = self.method.prepare(batch)
+        inputs = inputs_of(self.method, batch)
         timer.mark()
         with autocast(options.device, options.precision):
             output = self.method.training_step(inputs, step=step, total_steps=options.steps)

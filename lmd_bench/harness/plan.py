@@ -20,10 +20,13 @@ from lmd_bench.suite_files import describe_validation
 if TYPE_CHECKING:
     from lmd_bench.data.folders import FolderIndex
     from lmd_bench.method import Method
+    from lmd_bench.projector.cache import CacheNeed
 
 BYTES_PER_STEP_ROW = 160
 BYTES_PER_CELL = 64 * 1024
 REPORT_BYTES = 8 * 1024 * 1024
+UNKNOWN_WEIGHTS_BYTES = 512 * 1024 * 1024
+"""Allowed for the weights of a cell whose method cannot be built without its tensors."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,22 @@ class Plan:
     planned: dict[str, str] = field(default_factory=dict)
     """Rows that are not built yet -> why."""
     folder_index: FolderIndex | None = None
+    save_weights: bool = True
+    """Whether every cell keeps its trained weights."""
+    weights_bytes: dict[str, int] = field(default_factory=dict)
+    """Row -> bytes of one cell's weights, where they are kept."""
     notes: list[str] = field(default_factory=list)
     """What a user should know before it starts."""
+    caches: dict[str, CacheNeed] = field(default_factory=dict)
+    """Row -> the latent cache it reads, checked, or to be made before its first cell; rows that encode are left out."""
 
     @property
     def disk_bytes(self) -> int:
         """Upper estimate of what the cells and the report will write."""
         steps = sum(cell.config.steps + cell.config.untimed_steps for cell in self.cells)
-        return steps * BYTES_PER_STEP_ROW + len(self.cells) * BYTES_PER_CELL + REPORT_BYTES
+        latents = sum({need.folder: need.num_bytes for need in self.caches.values()}.values())
+        weights = sum(self.weights_bytes.get(cell.config.row, 0) for cell in self.cells)
+        return steps * BYTES_PER_STEP_ROW + len(self.cells) * BYTES_PER_CELL + weights + latents + REPORT_BYTES
 
 
 def add_rows(values: dict[str, Any], added: Sequence[str]) -> dict[str, str]:
@@ -123,11 +134,23 @@ def select_rows(suite: Suite, methods: str | None) -> list[str]:
 
 
 def make_plan(
-    suite: Suite, rows: Sequence[str], *, device: str, out: Path, added: Mapping[str, str], force: bool
+    suite: Suite,
+    rows: Sequence[str],
+    *,
+    device: str,
+    out: Path,
+    added: Mapping[str, str],
+    force: bool,
+    reads_data: bool = True,
+    save_weights: bool = True,
 ) -> Plan:
-    """Check everything that can be checked without training. Raises ConfigError with all problems, one a line."""
+    """Check everything that can be checked without training. Raises ConfigError with all problems, one a line.
+
+    Speed runs read no data, so that latent caches made of it are no concern of theirs.
+    """
     problems: list[str] = []
-    plan = Plan(suite, out, planned={n: r.planned for n, r in suite.methods.items() if r.planned is not None})
+    planned = {n: r.planned for n, r in suite.methods.items() if r.planned is not None}
+    plan = Plan(suite, out, planned=planned, save_weights=save_weights)
     device_name = _attempt(problems, lambda: resolve_device(device)) or "cpu"
     _attempt(problems, lambda: _check_writable(out))
     classes = {row: _attempt(problems, lambda row=row: load_method(suite.methods[row].method, added)) for row in rows}
@@ -148,7 +171,10 @@ def make_plan(
             )
             if cell is not None:
                 _attempt(problems, lambda cell=cell: _sort_in(plan, cell, force))
+    for cell in {cell.config.row: cell for cell in plan.cells}.values() if reads_data else ():
+        _attempt(problems, lambda cell=cell: _plan_cache(plan, cell))
     if not problems:
+        plan.weights_bytes = _weights_bytes(plan)
         _attempt(problems, lambda: _check_disk(plan))
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
@@ -190,6 +216,21 @@ def _check_writable(out: Path) -> None:
         raise ConfigError(f"--out {out}: {existing} is a file, not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"--out {out}: no permission to write in {existing}")
+
+
+def _weights_bytes(plan: Plan) -> dict[str, int]:
+    """What one cell of every row that will run keeps; nothing where weights are not saved."""
+    from lmd_bench.harness.weights import expected_bytes
+    from lmd_bench.method import DataSpec
+
+    found: dict[str, int] = {}
+    for cell in plan.cells if plan.save_weights else ():
+        config = cell.config
+        if config.row not in found:
+            options = cell.method.Config.model_validate(config.options)
+            spec = DataSpec(config.image_size, _num_classes(plan.suite.data, plan))
+            found[config.row] = expected_bytes(cell.method, options, spec) or UNKNOWN_WEIGHTS_BYTES
+    return found
 
 
 def _check_disk(plan: Plan) -> None:
@@ -255,11 +296,17 @@ def _cell(
     try:
         method.check(options, spec)
         token_px = method.token_px(options, spec)
+        text = method.plan_text(options, spec)
     except BenchError as error:
         raise type(error)(f"{place}: {error}") from error
     if suite.evaluation.num_checks and method.yardstick_obstacle(options) is None:
         _check_masks(suite, image_size, row, token_px)
+    if text is not None and f"{row}: {text}" not in plan.notes:
+        plan.notes.append(f"{row}: {text}")
+    from lmd_bench.harness.optim import check_optimizer
+
     recipe = suite.recipes[settings.recipe]
+    check_optimizer(recipe.optimizer, device)
     recipe = recipe.model_copy(update={"augmentation": resolve_crop(recipe.augmentation, suite.data)})
     steps_per_epoch = num_train // recipe.batch_size
     steps = suite.steps if suite.steps is not None else max(1, round((suite.epochs or 0) * steps_per_epoch))
@@ -290,6 +337,29 @@ def _cell(
         estimator=suite.estimator,
     )
     return Cell(config, method, cell_folder(plan.out, suite.name, row, seed))
+
+
+def _plan_cache(plan: Plan, cell: Cell) -> None:
+    """Check the cache that a row reads its latents from, or note that it has to be made."""
+    config = cell.config
+    projector = cell.method.latent_cache(cell.method.Config.model_validate(config.options))
+    if projector is None:
+        return
+    from lmd_bench.projector.cache import plan_cache
+
+    augmentation = config.recipe.augmentation
+    try:
+        need = plan_cache(
+            projector, config.data, augmentation, config.image_size, plan.folder_index, plan.out / plan.suite.name
+        )
+    except BenchError as error:
+        raise type(error)(f"methods.{config.row}.options.projector: {error}") from error
+    plan.caches[config.row] = need
+    if need.num_bytes:
+        plan.notes.append(
+            f"{config.row}: {need.views} view{'s' if need.views > 1 else ''} of {need.contents.num_images} images are "
+            f"encoded first, off the clock, into {need.folder} ({need.num_bytes / 2**20:.1f} MiB)"
+        )
 
 
 def _evaluation(suite: Suite, plan: Plan) -> EvaluationConfig:

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import datetime
 import math
-import multiprocessing
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,12 +19,13 @@ from lmd_bench.errors import TrainingError
 from lmd_bench.harness.allocator import keep_freed_memory
 from lmd_bench.harness.calibrator import CALIBRATOR_IMAGE_SIZE, CALIBRATOR_RECIPE, Calibrator
 from lmd_bench.harness.execute import build_method, try_count_flops
+from lmd_bench.harness.fresh_process import Failed, in_fresh_process
 from lmd_bench.harness.instrument import measure_instrument
 from lmd_bench.harness.loop import Trainer, TrainOptions, compile_method
 from lmd_bench.harness.noise import NUM_CLASSES, NoiseSource
 from lmd_bench.harness.timer import StepTimes, clock_for
 from lmd_bench.metrics.cost import PeakMemory
-from lmd_bench.records import CALIBRATOR, PHASES, ProfileRecord, ProfileRound, ProfileRow
+from lmd_bench.records import CACHED_LATENTS, CALIBRATOR, PHASES, ProfileRecord, ProfileRound, ProfileRow
 from lmd_bench.registry import load_method
 
 if TYPE_CHECKING:
@@ -101,9 +99,10 @@ def profile(
         for name in _rotated(list(jobs), number):
             if name in record.not_measured:
                 continue
-            answer = _in_fresh_process(jobs[name], options, added, number, describe=name not in record.rows)
-            if isinstance(answer, str):
-                record.not_measured[name] = answer
+            describe = name not in record.rows
+            answer = in_fresh_process(time_row, jobs[name], options, dict(added), number, describe)
+            if isinstance(answer, Failed):
+                record.not_measured[name] = answer.reason
                 continue
             measured, row = answer
             if row is not None:
@@ -150,42 +149,8 @@ def calibrator_config(suite: Suite, device: str) -> RunConfig:
     )
 
 
-Answer = tuple[ProfileRound, ProfileRow | None] | str
-
-
-def _in_fresh_process(
-    config: RunConfig, options: SpeedOptions, added: Mapping[str, str], number: int, *, describe: bool
-) -> Answer:
-    """One row's turn in a process of its own; the reason as text where it failed."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_worker, args=(there, config, options, dict(added), number, describe))
-    process.start()
-    there.close()
-    try:
-        answer: Answer = here.recv()
-        process.join(timeout=30)
-    except EOFError:
-        process.join()
-        answer = f"the process ended with code {process.exitcode} (out of memory?)"
-    finally:
-        if process.is_alive():
-            process.kill()
-    return answer
-
-
-def _worker(
-    channel: Connection, config: RunConfig, options: SpeedOptions, added: Mapping[str, str], number: int, describe: bool
-) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent ends its children
-    try:
-        channel.send(time_row(config, options, added, number, describe=describe))
-    except Exception as error:  # told to the parent, which reports the row as not measured
-        channel.send(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-
-
 def time_row(
-    config: RunConfig, options: SpeedOptions, added: Mapping[str, str], number: int, *, describe: bool
+    config: RunConfig, options: SpeedOptions, added: Mapping[str, str], number: int, describe: bool
 ) -> tuple[ProfileRound, ProfileRow | None]:
     """Time a few steps of one row in this process; with `describe`, count its parameters and FLOPs too."""
     method_class = Calibrator if config.method == CALIBRATOR else load_method(config.method, added)
@@ -234,6 +199,11 @@ def _plain(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
+def _projector_text(method: Method) -> str | None:
+    name = method.projector_name
+    return name if name is None or method.cached_shape is None else f"{name}, {CACHED_LATENTS}"
+
+
 def _describe(method: Method, config: RunConfig, options: SpeedOptions) -> ProfileRow:
     flops, _ = try_count_flops(method, config, options.positions())
     optimizer = config.recipe.optimizer
@@ -244,5 +214,5 @@ def _describe(method: Method, config: RunConfig, options: SpeedOptions) -> Profi
         parameters=sum(p.numel() for p in method.parameters()),
         batch_size=config.recipe.batch_size,
         flops_per_step=flops,
-        projector=method.projector_name,
+        projector=_projector_text(method),
     )

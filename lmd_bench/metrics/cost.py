@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lmd_bench.method import Batch, Method
+from lmd_bench.method import Batch, Method, inputs_of
 
 
 def count_step_flops(method: Method, batch: Batch, total_steps: int, steps: Sequence[int] | None = None) -> int:
     """FLOPs (2 x MAC) of one training step, projector included, mean over `steps` (default: 1 to `total_steps`).
 
-    Of `batch` only shapes count.
+    Of `batch` only shapes count. Where it brings latents from a cache, the step projects nothing and neither does this.
 
     Forward and backward run on a copy on the meta device, where nothing is computed and every attention kernel is
     counted (on a CPU the fused one is not: pytorch/pytorch#195460). Elementwise work and the optimizer are left out,
@@ -30,6 +30,7 @@ def count_step_flops(method: Method, batch: Batch, total_steps: int, steps: Sequ
         batch.images.to("meta"),
         None if batch.labels is None else batch.labels.to("meta"),
         {name: tensor.to("meta") for name, tensor in batch.extra.items()},
+        None if batch.prepared is None else batch.prepared.to("meta"),
     )
     lengths: Counter[int | None] = Counter()
     first_step: dict[int | None, int] = {}
@@ -74,7 +75,7 @@ def _over_varying_lengths(
 
 def _step_flops(method: Method, batch: Batch, step: int, total_steps: int) -> int:
     with FlopCounterMode(display=False) as counter:
-        output = method.training_step(method.prepare(batch), step=step, total_steps=total_steps)
+        output = method.training_step(inputs_of(method, batch), step=step, total_steps=total_steps)
         output.loss.backward()
     method.zero_grad(set_to_none=True)
     return int(counter.get_total_flops())

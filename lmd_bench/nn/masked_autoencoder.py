@@ -101,15 +101,22 @@ class MaskedAutoencoder(nn.Module):
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, inputs: Tensor, ids: Tensor, num_kept: int) -> Tensor:
+    def forward(
+        self, inputs: Tensor, ids: Tensor, num_kept: int, *, completed: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """() mean squared error on the hidden patches of `inputs` (B, C, H, W).
 
         `ids` (B, L) is a permutation of the tokens whose first `num_kept` are visible (see `masking`). All samples
-        hide the same number, so the plain mean is the published sum(loss * mask) / sum(mask).
+        hide the same number, so the plain mean is the published sum(loss * mask) / sum(mask). With `completed` also
+        `inputs` with its hidden tokens replaced by their prediction, (B, C, H, W), in the graph.
         """
         patches = patchify(inputs, self.shape.patch_size)
         predicted = self.decode(self.encode(patches, ids[:, :num_kept]), ids)
-        return F.mse_loss(predicted, self.targets(take_tokens(patches, ids[:, num_kept:])))
+        loss = F.mse_loss(predicted, self.targets(take_tokens(patches, ids[:, num_kept:])))
+        if not completed:
+            return loss
+        filled = _put_tokens(patches, ids[:, num_kept:], predicted)
+        return loss, unpatchify(filled, self.shape.patch_size, self.shape.in_channels)
 
     def encode(self, patches: Tensor, ids_keep: Tensor) -> Tensor:
         """Features (B, 1 + n, D), class token first, of the tokens `ids_keep` (B, n) of `patches` (B, L, P)."""
@@ -161,9 +168,13 @@ class MaskedAutoencoder(nn.Module):
                 continue
             visible = patches[rows]
             predicted = self.decode(self.encode(visible, ids[:, :num_kept]), ids)
-            where = ids[:, num_kept:].unsqueeze(-1).expand_as(predicted)
-            patches[rows] = visible.scatter(1, where, predicted.to(visible.dtype))
+            patches[rows] = _put_tokens(visible, ids[:, num_kept:], predicted)
         return unpatchify(patches, self.shape.patch_size, self.shape.in_channels)
+
+
+def _put_tokens(patches: Tensor, ids: Tensor, values: Tensor) -> Tensor:
+    """`patches` (B, L, P) with `values` (B, n, P) at the tokens `ids` (B, n)."""
+    return patches.scatter(1, ids.unsqueeze(-1).expand_as(values), values.to(patches.dtype))
 
 
 def _frozen(table: Tensor) -> nn.Parameter:

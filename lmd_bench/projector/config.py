@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -15,30 +17,53 @@ SHIPPED_PREFIX = "shipped:"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 _SHARDED_INDEX = WEIGHTS_FILE + ".index.json"
 
+ProjectorKind = Literal["pixels", "kl", "vq", "tiny", "light"]
+CLASS_OF_KIND: Final[dict[str, str]] = {
+    "kl": "AutoencoderKL",
+    "vq": "VQModel",
+    "tiny": "AutoencoderTiny",
+    "light": "LightAutoencoder",
+}
+"""Kinds that load weights, and the class that stands in their folder's config.json."""
+
 
 class ProjectorConfig(BaseModel):
     """A latent projector and how it is run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["pixels", "kl"]
-    """`pixels`: no projection, latents are the pixels. `kl`: a diffusers AutoencoderKL."""
+    kind: ProjectorKind
+    """`pixels`: no projection, latents are the pixels. `kl`: a diffusers AutoencoderKL. `vq`: a diffusers VQModel
+    (VQGAN), latents before its codebook. `tiny`: a diffusers AutoencoderTiny. `light`: our own cheap encoder with a
+    heavy decoder."""
     path: str | None = None
-    """Of `kl`: a local diffusers folder, or `shipped:NAME` for weights that come with the package. Else None."""
+    """A local diffusers folder, or `shipped:NAME` for weights that come with the package. None for `pixels`."""
     scale: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
     """Latents are multiplied by it after the encoder and divided by it before the decoder. The authors of LMD use 1;
     latent diffusion with Stable Diffusion's autoencoder uses 0.18215."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Number format the projector's own network runs in, whatever the precision of training."""
+    """Number format the projector's own network runs in, whatever the precision of training and of the file."""
+    cache: str | None = None
+    """Take latents from a cache instead of encoding in every step: the folder of one made by `lmd-bench lsp encode`,
+    or `auto`, which has the run make its own, off the clock. None encodes in every step, as published."""
+    cache_views: int = Field(default=4, ge=1)
+    """Augmented views of every image in a cache that `auto` makes; epoch e reads view e modulo this number."""
 
     @model_validator(mode="after")
     def _path_belongs_to_kind(self) -> ProjectorConfig:
-        if self.kind == "kl" and not self.path:
+        if self.kind == "pixels":
+            for name in ("path", "cache"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"projector kind 'pixels' loads nothing and has nothing to keep; leave out {name}"
+                        f" {getattr(self, name)!r}"
+                    )
+        elif not self.path:
             raise ValueError(
-                "projector kind 'kl' needs a path: a diffusers AutoencoderKL folder, or shipped:scenes-kl-f8"
+                f"projector kind {self.kind!r} needs a path: a folder of a {CLASS_OF_KIND[self.kind]}, or shipped:NAME"
             )
-        if self.kind == "pixels" and self.path is not None:
-            raise ValueError(f"projector kind 'pixels' loads nothing; leave out path {self.path!r}")
+        if self.cache == "":
+            raise ValueError("projector cache is empty; give a folder, auto, or leave it out")
         return self
 
 
@@ -62,7 +87,14 @@ def _shipped_root() -> Path:
 
 def projector_folder(config: ProjectorConfig) -> Path:
     """The folder `config.path` means. Raises WeightsError where there is none."""
-    path = config.path or ""
+    return folder_of(config.path or "", CLASS_OF_KIND.get(config.kind, "autoencoder"))
+
+
+def folder_of(path: str, wanted: str) -> Path:
+    """The folder that a path or `shipped:NAME` means. `wanted`: the model class to name in the error.
+
+    Raises WeightsError where there is none.
+    """
     if path.startswith(SHIPPED_PREFIX):
         name = path.removeprefix(SHIPPED_PREFIX)
         if name not in shipped_names():
@@ -70,20 +102,36 @@ def projector_folder(config: ProjectorConfig) -> Path:
         return _shipped_root() / name
     folder = Path(path).expanduser()
     if not folder.is_dir():
+        state = "a file, not a folder" if folder.exists() else "no such folder"
         raise WeightsError(
-            f"projector {path}: no such folder; give a diffusers AutoencoderKL folder, holding config.json and"
-            f" {WEIGHTS_FILE}, or shipped:NAME"
+            f"projector {path}: {state}; give a diffusers {wanted} folder, holding config.json and {WEIGHTS_FILE},"
+            " or shipped:NAME"
         )
     return folder
+
+
+def config_of_path(path: str, precision: str = "fp32") -> ProjectorConfig:
+    """The configuration of a folder or `shipped:NAME` whose kind stands in its config.json.
+
+    Raises WeightsError for a missing folder or a model of none of the kinds.
+    """
+    folder = folder_of(path, "autoencoder")
+    found = _read_model_config(folder, "autoencoder").get("_class_name")
+    for kind, class_name in CLASS_OF_KIND.items():
+        if found == class_name:
+            return ProjectorConfig.model_validate({"kind": kind, "path": path, "precision": precision})
+    raise WeightsError(
+        f"projector {folder}: config.json names a {found}; known are {', '.join(CLASS_OF_KIND.values())}"
+    )
 
 
 def check_projector(config: ProjectorConfig, image_size: int) -> ProjectorInfo:
     """Checks a projector's folder and that it takes square images of `image_size` pixels; loads no weights.
 
-    Raises WeightsError for a missing folder, another model class, weights that are missing or not safetensors, or an
-    image size that the factor does not divide.
+    Raises WeightsError for a missing folder, another model class, weights that are missing or not safetensors, sizes
+    that config.json lacks or that contradict each other, or an image size that the factor does not divide.
     """
-    info = _pixels_info() if config.kind == "pixels" else _kl_info(config)
+    info = _info(config)
     if image_size % info.factor:
         below = image_size - image_size % info.factor
         raise WeightsError(
@@ -93,43 +141,149 @@ def check_projector(config: ProjectorConfig, image_size: int) -> ProjectorInfo:
     return info
 
 
-def _pixels_info() -> ProjectorInfo:
-    return ProjectorInfo(name="pixels", factor=1, latent_channels=3)
+def weights_digest(config: ProjectorConfig) -> str:
+    """What latents depend on, as 16 hex digits of a SHA-256: kind, scale, precision, config.json and weights.
+
+    Reads all bytes of the weights. Raises WeightsError where `check_projector` does.
+    """
+    digest = hashlib.sha256(f"{config.kind} {config.scale!r} {config.precision}".encode())
+    if config.kind != "pixels":
+        _info(config)
+        folder = projector_folder(config)
+        for file in (folder / "config.json", *_weight_files(folder)):
+            digest.update(f"\0{file.name}\0{file.stat().st_size}\0".encode())
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()[:16]
 
 
-def _kl_info(config: ProjectorConfig) -> ProjectorInfo:
-    folder = projector_folder(config)
-    values = _read_model_config(folder)
-    if values.get("_class_name") != "AutoencoderKL":
-        raise WeightsError(f"projector {folder}: holds a {values.get('_class_name')}; kind 'kl' needs an AutoencoderKL")
-    if not any((folder / name).is_file() for name in (WEIGHTS_FILE, _SHARDED_INDEX)):
+def weights_bytes(config: ProjectorConfig) -> int:
+    """Bytes of the weights on disk; 0 for pixels."""
+    return 0 if config.kind == "pixels" else sum(f.stat().st_size for f in _weight_files(projector_folder(config)))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors file, or the index of several and these. Raises WeightsError where one is missing."""
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    index = folder / _SHARDED_INDEX
+    if not index.is_file():
         raise WeightsError(
             f"projector {folder}: {WEIGHTS_FILE} is missing; only safetensors are loaded, so save the model again"
             " with safe_serialization=True"
         )
-    channels, latent_channels = values.get("block_out_channels", [64]), values.get("latent_channels", 4)
-    if not isinstance(channels, list) or not channels or not isinstance(latent_channels, int):
-        raise WeightsError(f"projector {folder}: config.json lacks usable block_out_channels and latent_channels")
-    if (values.get("in_channels", 3), values.get("out_channels", 3)) != (3, 3):
-        raise WeightsError(f"projector {folder}: not an autoencoder of RGB images; in_channels, out_channels must be 3")
-    return ProjectorInfo(_kl_name(config, folder), factor=2 ** (len(channels) - 1), latent_channels=latent_channels)
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"projector {index}: no index of weight files ({error}); save the model again") from None
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise WeightsError(f"projector {folder}: {missing[0]}, which {index.name} names, is missing; copy it there too")
+    return [index, *(folder / name for name in names)]
 
 
-def _kl_name(config: ProjectorConfig, folder: Path) -> str:
+# -- what config.json says --------------------------------------------------------------------------------------------
+
+
+def _info(config: ProjectorConfig) -> ProjectorInfo:
+    if config.kind == "pixels":
+        return ProjectorInfo(name="pixels", factor=1, latent_channels=3)
+    wanted, folder = CLASS_OF_KIND[config.kind], projector_folder(config)
+    values = _read_model_config(folder, wanted)
+    _require_class(folder, config.kind, values.get("_class_name"))
+    _weight_files(folder)
+    channels = (values.get("in_channels", 3), values.get("out_channels", 3))
+    if channels != (3, 3):
+        raise WeightsError(
+            f"projector {folder}: not an autoencoder of RGB images; in_channels, out_channels must be 3, not"
+            f" {channels[0]}, {channels[1]}"
+        )
+    try:
+        factor, latent_channels = _SIZES[config.kind](values)
+    except _UnusableError as problem:
+        raise WeightsError(f"projector {folder}: config.json {problem}") from None
+    return ProjectorInfo(_name(config, folder), factor, latent_channels)
+
+
+def _name(config: ProjectorConfig, folder: Path) -> str:
     name = folder.name or str(folder)
     return name if config.scale == 1.0 else f"{name} x {config.scale:g}"
 
 
-def _read_model_config(folder: Path) -> dict[str, Any]:
+def _require_class(folder: Path, kind: str, found: object) -> None:
+    if found == CLASS_OF_KIND[kind]:
+        return
+    fitting = [other for other, class_name in CLASS_OF_KIND.items() if class_name == found]
+    remedy = f"; use kind '{fitting[0]}'" if fitting else ""
+    raise WeightsError(f"projector {folder}: holds a {found}; kind '{kind}' needs an {CLASS_OF_KIND[kind]}{remedy}")
+
+
+def _read_model_config(folder: Path, wanted: str) -> dict[str, Any]:
     file = folder / "config.json"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise WeightsError(
-            f"projector {folder}: config.json is missing; give a diffusers AutoencoderKL folder"
-        ) from None
+        raise WeightsError(f"projector {folder}: config.json is missing; give a diffusers {wanted} folder") from None
     except (OSError, ValueError) as error:
         raise WeightsError(f"projector {file}: cannot be read as JSON ({error}); save the model again") from None
     if not isinstance(values, dict):
-        raise WeightsError(f"projector {file}: not a model configuration; give a diffusers AutoencoderKL folder")
+        raise WeightsError(f"projector {file}: not a model configuration; give a diffusers {wanted} folder")
     return values
+
+
+class _UnusableError(Exception):
+    """What is wrong with values of config.json, in words that follow the file's name."""
+
+
+def _count(values: Mapping[str, Any], key: str, default: int) -> int:
+    value = values.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise _UnusableError(f"has {key} {value!r}; a whole number of 1 or more is needed")
+    return value
+
+
+def _length(values: Mapping[str, Any], key: str, default: int) -> int:
+    value = values.get(key, [0] * default)
+    if not isinstance(value, list) or not value:
+        raise _UnusableError(f"has {key} {value!r}; a list with one number per resolution is needed")
+    return len(value)
+
+
+def _kl_sizes(values: Mapping[str, Any]) -> tuple[int, int]:
+    return 2 ** (_length(values, "block_out_channels", 1) - 1), _count(values, "latent_channels", 4)
+
+
+def _vq_sizes(values: Mapping[str, Any]) -> tuple[int, int]:
+    """Latents lie behind quant_conv, which goes from latent_channels to the codebook's width."""
+    channels = _count(values, "latent_channels", 3)
+    if values.get("vq_embed_dim") is not None:
+        channels = _count(values, "vq_embed_dim", channels)
+    return 2 ** (_length(values, "block_out_channels", 1) - 1), channels
+
+
+def _tiny_sizes(values: Mapping[str, Any]) -> tuple[int, int]:
+    """Every block of convolutions after the first halves; every one before the decoder's last enlarges."""
+    factor = 2 ** (_length(values, "num_encoder_blocks", 4) - 1)
+    enlarges = _count(values, "upsampling_scaling_factor", 2) ** (_length(values, "num_decoder_blocks", 4) - 1)
+    if factor != enlarges:
+        raise _UnusableError(
+            f"shrinks images by {factor} (num_encoder_blocks) and enlarges latents by {enlarges} (num_decoder_blocks,"
+            " upsampling_scaling_factor); both must be equal"
+        )
+    return factor, _count(values, "latent_channels", 4)
+
+
+def _light_sizes(values: Mapping[str, Any]) -> tuple[int, int]:
+    factor = _count(values, "factor", 8)
+    if factor < 2 or factor & (factor - 1):
+        raise _UnusableError(f"has factor {factor}; a power of two from 2 on is needed")
+    return factor, _count(values, "latent_channels", 4)
+
+
+_SIZES: Final[dict[str, Callable[[Mapping[str, Any]], tuple[int, int]]]] = {
+    "kl": _kl_sizes,
+    "vq": _vq_sizes,
+    "tiny": _tiny_sizes,
+    "light": _light_sizes,
+}

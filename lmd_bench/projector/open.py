@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lmd_bench.projector.base import LatentProjector
-from lmd_bench.projector.config import ProjectorConfig, check_projector, projector_folder
+from lmd_bench.projector.base import LatentProjector, NetworkProjector
+from lmd_bench.projector.config import ProjectorConfig, ProjectorKind, check_projector, projector_folder
 
 
 def open_projector(config: ProjectorConfig) -> LatentProjector:
@@ -16,11 +16,27 @@ def open_projector(config: ProjectorConfig) -> LatentProjector:
         from lmd_bench.projector.pixels import PixelProjector
 
         return PixelProjector(name=info.name, scale=config.scale)
-    # Here, because diffusers takes seconds to import and pixels do not need it.
     import torch
 
-    from lmd_bench.projector.kl import KLProjector, load_autoencoder
-
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    model = load_autoencoder(projector_folder(config), dtype)
-    return KLProjector(model, name=info.name, scale=config.scale)
+    network = _network_class(config.kind)
+    return network.load(projector_folder(config), name=info.name, scale=config.scale, dtype=dtype)
+
+
+def _network_class(kind: ProjectorKind) -> type[NetworkProjector]:
+    # Imports here, because diffusers takes seconds to import and pixels do not need it; and each kind's alone.
+    if kind == "kl":
+        from lmd_bench.projector.kl import KLProjector
+
+        return KLProjector
+    if kind == "vq":
+        from lmd_bench.projector.vq import VQProjector
+
+        return VQProjector
+    if kind == "tiny":
+        from lmd_bench.projector.tiny import TinyProjector
+
+        return TinyProjector
+    from lmd_bench.projector.light import LightProjector
+
+    return LightProjector

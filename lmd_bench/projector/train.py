@@ -1,295 +1,391 @@
-"""Trains a small KL autoencoder on scenes: the projector that ships with the package, or one like it."""
+"""Trains a latent space projector (LMD eq. 2 to 6): a VQGAN, a KL autoencoder, or our light one."""
 
 from __future__ import annotations
 
 import math
-import shlex
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lmd_bench.data.scenes import Scenes
 from lmd_bench.errors import ConfigError, TrainingError
-from lmd_bench.projector.config import WEIGHTS_FILE
-from lmd_bench.projector.kl import KLProjector, load_autoencoder
+from lmd_bench.projector.codebook import codebook_use, count_codes, revive_dead_codes
+from lmd_bench.projector.discriminator import PatchDiscriminator
+from lmd_bench.projector.losses import (
+    PerceptualDistance,
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+    perceptual_obstacle,
+)
+from lmd_bench.projector.train_config import PLACE, LSPTrainOptions, changed_options, option_texts, resolve
+from lmd_bench.projector.train_data import HELD_OUT_START, TrainData, patch_pca_psnr
+from lmd_bench.projector.train_kinds import TRAINABLE, TrainableProjector, VQTrainable, quantises
+from lmd_bench.projector.train_report import HeldOut, TrainReport, log_line, measure, report_on, write_csv, write_folder
+from lmd_bench.seeding import derive_seed
 
-HELD_OUT_START = 2**40
-_LOG_EVERY_STEPS = 100
-_FIRST_LOGVAR = -6.0
+__all__ = ["HELD_OUT_START", "STATE_FILE", "LSPTrainOptions", "TrainReport", "patch_pca_psnr", "train_lsp"]
 
+STATE_FILE = "training-state.pt"
+LOG_FILE = "training.csv"
+_PARTS = ("loss", "reconstruction", "l1", "l2", "perceptual", "regulariser", "generator", "adaptive_weight", "disc")
+_SAMPLE_IMAGES = 4096
 
-@dataclass(frozen=True)
-class KLTrainOptions:
-    """How a KL autoencoder is trained. Raises ConfigError for values that cannot work together."""
-
-    seed: int = 0  # of weights, order of images, and posterior samples; scenes are those of this seed too
-    steps: int = 9000
-    batch_size: int = 16
-    image_size: int = 64  # px
-    crop_size: int = 32  # px; training sees random square crops of this size, which cost less than whole images
-    num_images: int = 8192  # scenes 0 to num_images - 1, drawn once and held in memory
-    num_held_out: int = 256  # scenes from 2^40 on
-    lr: float = 4e-3  # peak of AdamW's rate: linear rise, then half a cosine to 0
-    lr_warmup_steps: int = 100
-    block_out_channels: tuple[int, ...] = (32, 32, 32, 32)  # one per resolution; the factor is 2^(number - 1)
-    # Residual blocks per resolution; the decoder has one more. With 0 the encoder is only convolutions on the way
-    # down, all of one width: three times cheaper than with 1, for a network that every training step runs.
-    layers_per_block: int = 0
-    latent_channels: int = 4
-    norm_num_groups: int = 8
-    l1_weight: float = 0.1
-    l2_weight: float = 1.0
-    kl_weight: float = 1e-5  # of the KL divergence in nats per latent number
-
-    def __post_init__(self) -> None:
-        channels = self.block_out_channels
-        if self.layers_per_block == 0 and len(set(channels)) > 1:
-            raise ConfigError(
-                f"projector train: block_out_channels {channels} differ; with layers_per_block 0 they must be equal"
-            )
-        if any(width % self.norm_num_groups for width in channels):
-            raise ConfigError(
-                f"projector train: block_out_channels {channels} must be multiples of"
-                f" norm_num_groups {self.norm_num_groups}"
-            )
-        factor = 2 ** (len(channels) - 1)
-        for name in ("image_size", "crop_size"):
-            if getattr(self, name) % factor:
-                raise ConfigError(
-                    f"projector train: {name} {getattr(self, name)} is not divisible by the factor {factor}"
-                )
-        if not 0 < self.crop_size <= self.image_size:
-            raise ConfigError(
-                f"projector train: crop_size {self.crop_size} must be from 1 to image_size {self.image_size}"
-            )
-        if not 0 < self.batch_size <= self.num_images or self.steps < 1 or self.num_held_out < 1:
-            raise ConfigError("projector train: needs steps, num_held_out >= 1 and 1 <= batch_size <= num_images")
-
-    def command(self, out: Path) -> str:
-        """The command that repeats this training, with every option, so that it outlives changes of the defaults."""
-        words = ["lmd-bench", "projector", "train", "--out", str(out)]
-        for field in fields(self):
-            value = getattr(self, field.name)
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            words += ["--" + field.name.replace("_", "-"), text]
-        return shlex.join(words)
+Row = dict[str, float | None]
+Log = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class TrainReport:
-    """What training reached, measured on held-out scenes with the folder as it was written and read back."""
+def train_lsp(out: Path, options: LSPTrainOptions, *, device: str = "cpu", log: Log = lambda line: None) -> TrainReport:
+    """Trains a projector and writes it to `out`, a diffusers folder with a README of how, and how well.
 
-    psnr_db: float  # of the mean squared error over all held-out pixels, images in [0, 1]
-    pca_psnr_db: float  # the same of a PCA of non-overlapping patches with as many numbers a patch as latents have
-    first_loss: float  # mean over the first tenth of the steps
-    last_loss: float  # mean over the last tenth
-    latent_mean: tuple[float, ...]  # per channel
-    latent_std: tuple[float, ...]
-    num_parameters: int
-    weights_bytes: int
+    Beside it stands training.csv. While training runs, training-state.pt is written there every `save_every` steps;
+    with it in place, the same call goes on where it stopped. On one machine's CPU and number of threads the same
+    options give the same weights bit for bit, stopped in between or not. `log` takes lines of progress.
 
-
-def train_kl(
-    out: Path,
-    options: KLTrainOptions,
-    *,
-    device: str = "cpu",
-    log: Callable[[str], None] = lambda line: None,
-) -> TrainReport:
-    """Trains an AutoencoderKL on scenes and writes it to the folder `out`, with a README of how and how well.
-
-    Latents of the written model have mean 0 and standard deviation 1 per channel on the training scenes. On one
-    machine and number of threads the same options give the same weights. `log` takes lines of progress.
-
-    Raises TrainingError for a loss that is not finite, ConfigError for a folder that cannot be written.
+    Raises ConfigError for a folder that cannot be written or whose state is of other options, WeightsError where LPIPS
+    is asked for and its weights are not there, DataError for images that cannot be used, TrainingError for a loss that
+    is not finite.
     """
-    _make_folder(out)
-    scenes = Scenes(options.seed, options.image_size)
-    log(f"drawing {options.num_images} scenes of {options.image_size} px")
-    images = scenes.render(range(options.num_images), device=device)
-    model = _build_model(options).to(device=device, memory_format=torch.channels_last)
-    losses = _fit(model, images, options, log)
-    normalise_latents(model, images[: 16 * options.num_held_out])
-    model.to(memory_format=torch.contiguous_format).save_pretrained(out, safe_serialization=True)
-    (out / WEIGHTS_FILE).chmod(0o644)  # safetensors writes for the owner alone, which an installed package must not
-    held_out = scenes.render(torch.arange(options.num_held_out) + HELD_OUT_START, device=device)
-    report = _measure(out, images, held_out, losses, options)
-    (out / "README.md").write_text(_readme(out, options, report), encoding="utf-8")
-    log(f"held-out PSNR {report.psnr_db:.2f} dB (PCA of patches {report.pca_psnr_db:.2f} dB), written to {out}")
+    perceptual, why_not = _open_perceptual(options)
+    options = resolve(options, perceptual=perceptual is not None)
+    make_folder(out)
+    state = _read_state(out / STATE_FILE, options)
+    if why_not:
+        log(f"without LPIPS: {why_not}")
+    log(_describe_data_ahead(options))
+    data = TrainData(options, torch.device(device))
+    if data.warning:
+        log(data.warning)
+    try:
+        training = _Training(options, data, perceptual if options.perceptual_weight else None, torch.device(device))
+        if state is not None:
+            training.load_state(state)
+            log(f"going on after step {training.step}")
+        _run(training, out, log)
+        sample = data.sample(_SAMPLE_IMAGES)
+        if options.normalise_latents:
+            training.projector.normalise(sample)
+        write_folder(out, training.projector, options)
+        reopened = TRAINABLE[options.kind].reopen(out)
+        reopened.model.to(device=device, memory_format=torch.channels_last)
+        report = report_on(out, reopened, sample, data, options, training.column("reconstruction"))
+        (out / STATE_FILE).unlink(missing_ok=True)
+    finally:
+        data.close()
+    log(f"held-out {report.summary}, written to {out}")
     return report
 
 
-def _make_folder(out: Path) -> None:
+def make_folder(out: Path) -> None:
+    """Makes the folder to write to. Raises ConfigError where that fails."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        writable = os.access(out, os.W_OK)
     except OSError as error:
-        raise ConfigError(f"projector train: cannot write to {out} ({error.strerror}); choose another --out") from None
+        raise ConfigError(f"{PLACE}: cannot write to {out} ({error.strerror}); choose another --out") from None
+    if not writable:
+        raise ConfigError(f"{PLACE}: cannot write to {out} (no permission); choose another --out")
 
 
-def _build_model(options: KLTrainOptions) -> AutoencoderKL:
-    blocks = len(options.block_out_channels)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        model = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * blocks,
-            up_block_types=("UpDecoderBlock2D",) * blocks,
-            block_out_channels=options.block_out_channels,
-            layers_per_block=options.layers_per_block,
-            latent_channels=options.latent_channels,
-            norm_num_groups=options.norm_num_groups,
-            sample_size=options.image_size,
-            scaling_factor=1.0,  # latents leave the encoder at unit scale, see normalise_latents
-            mid_block_add_attention=False,
+def _describe_data_ahead(options: LSPTrainOptions) -> str:
+    if options.data is None:
+        return f"drawing {options.num_images} scenes of {options.image_size} px"
+    return f"looking through {options.data}"
+
+
+def _open_perceptual(options: LSPTrainOptions) -> tuple[PerceptualDistance | None, str | None]:
+    """LPIPS where it can be had, or why it takes no part although nobody switched it off."""
+    if options.perceptual_weight == 0:
+        return None, None
+    net: Any = options.perceptual_net
+    trunk = None if options.perceptual_trunk is None else Path(options.perceptual_trunk)
+    if options.perceptual_weight is None and trunk is None:
+        obstacle = perceptual_obstacle(net, trunk)
+        if obstacle is not None:
+            return None, obstacle
+    distance = PerceptualDistance.open(net, trunk)
+    if resolve(options, perceptual=True).perceptual_weight == 0:
+        return distance, f"crops of {options.crop_size} px are too small for it"
+    return distance, None
+
+
+def _read_state(file: Path, options: LSPTrainOptions) -> dict[str, Any] | None:
+    if not file.exists():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        before = state["options"]
+    except Exception as error:  # pickle, zip and torch raise almost anything on damaged files
+        raise ConfigError(f"{PLACE}: {file} cannot be read ({type(error).__name__}); remove it to start anew") from None
+    now = option_texts(options)
+    changed = changed_options(now, before)
+    if changed:
+        told = ", ".join(f"{name} {before.get(name)} (now {now.get(name)})" for name in changed[:6])
+        raise ConfigError(
+            f"{PLACE}: {file} is of a training with other options: {told}; give the same ones to go on, or remove it to"
+            " start anew"
         )
-    # At a log-variance of 0 the posterior's noise drowns the first latents and training stands still for long.
-    nn.init.constant_(model.quant_conv.bias[options.latent_channels :], _FIRST_LOGVAR)
-    return model
+    return state
 
 
-def _rate(step: int, options: KLTrainOptions) -> float:
-    """Learning rate of a step as a share of its peak."""
+def _run(training: _Training, out: Path, log: Log) -> None:
+    """Takes all steps that are left."""
+    options = training.options
+    batches = training.data.batches(training.step)
+    try:
+        while training.step < options.steps:
+            training.take_step(next(batches))
+            done = training.step
+            last = done == options.steps
+            evaluated = last or done % options.eval_every == 0
+            if evaluated or done % options.log_every == 0:
+                training.add_row(training.measure() if evaluated else None)
+                write_csv(out / LOG_FILE, training.rows)
+                log(log_line(training.rows[-1], options.steps))
+            if done % options.save_every == 0 and not last:
+                _write_state(out / STATE_FILE, training.state())
+    finally:
+        batches.close()
+
+
+def _write_state(file: Path, state: dict[str, Any]) -> None:
+    unfinished = file.with_name(file.name + ".unfinished")
+    torch.save(state, unfinished)
+    os.replace(unfinished, file)
+
+
+class _Training:
+    """Networks, optimizers and what was seen so far. Randomness is a function of the seed and the step alone."""
+
+    def __init__(
+        self,
+        options: LSPTrainOptions,
+        data: TrainData,
+        perceptual: PerceptualDistance | None,
+        device: torch.device,
+    ) -> None:
+        self.options = options
+        self.data = data
+        self.step = 0  # steps taken
+        self.rows: list[Row] = []
+        self.projector: TrainableProjector = TRAINABLE[options.kind].build(options)
+        self.projector.model.to(device=device, memory_format=torch.channels_last).train()
+        self._optimizer = _autoencoder_optimizer(self.projector.model, options)
+        self._perceptual = None if perceptual is None else perceptual.to(device)
+        self._discriminator = _build_discriminator(options, device)
+        self._disc_optimizer = _discriminator_optimizer(self._discriminator, options)
+        self._parts: list[Tensor] = []  # (1 or more steps, len(_PARTS)) each, all steps together, on the device
+        self._row_start = 0
+        codes = 0 if self.projector.codebook is None else len(self.projector.codebook)
+        self._row_counts = torch.zeros(codes, dtype=torch.int64, device=device)
+        self._revival_counts = self._row_counts.clone()
+        self._revived = 0
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def take_step(self, images: Tensor) -> None:
+        """One step of the autoencoder and, once it has started, one of the discriminator, on the same pass.
+
+        The released VQGAN runs the autoencoder a second time for the discriminator, after its own step; here the
+        discriminator sees the reconstructions from before that step, which costs one pass instead of two. Before
+        `disc_start` the adversarial term has factor 0, as released, so it is not computed at all.
+        """
+        options, step = self.options, self.step
+        if isinstance(self.projector, VQTrainable) and self._codebook_starts():
+            self.projector.spread_codebook(self._codebook_sample(), options.seed)
+        done = self.projector.forward(images, options, step)
+        parts = self._reconstruction_parts(done.images, images)
+        loss = parts["reconstruction"] + done.regulariser
+        fighting = self._discriminator is not None and step >= (options.disc_start or 0)
+        if fighting:
+            parts["generator"], parts["adaptive_weight"] = self._adversarial(parts["reconstruction"], done.images)
+            loss = loss + parts["adaptive_weight"] * parts["generator"]
+        self._step_autoencoder(loss)
+        if fighting:
+            parts["disc"] = self._step_discriminator(images, done.images.detach())
+        self._parts.append(_stacked({**parts, "loss": loss, "regulariser": done.regulariser}))
+        self._watch_codes(done.indices, done.latents)
+        self.step += 1
+
+    def _reconstruction_parts(self, rebuilt: Tensor, images: Tensor) -> dict[str, Tensor]:
+        options = self.options
+        parts = {"l1": functional.l1_loss(rebuilt, images), "l2": functional.mse_loss(rebuilt, images)}
+        total = options.l1_weight * parts["l1"] + options.l2_weight * parts["l2"]
+        if self._perceptual is not None and options.perceptual_weight:
+            parts["perceptual"] = self._perceptual(rebuilt, images).mean()
+            total = total + options.perceptual_weight * parts["perceptual"]
+        return {**parts, "reconstruction": total}
+
+    def _adversarial(self, reconstruction: Tensor, rebuilt: Tensor) -> tuple[Tensor, Tensor]:
+        """The autoencoder's adversarial loss, and its weight (eq. 6)."""
+        assert self._discriminator is not None
+        self._discriminator.requires_grad_(False)
+        kind: Any = self.options.disc_loss
+        loss = generator_loss(self._discriminator(rebuilt), kind)
+        weight = self.options.disc_weight or 0.0
+        return loss, adaptive_weight(reconstruction, loss, self.projector.last_layer, weight=weight)
+
+    def _step_autoencoder(self, loss: Tensor) -> None:
+        options = self.options
+        adamw = options.optimizer == "adamw"
+        for group in self._optimizer.param_groups:
+            group["lr"] = _rate(self.step, options)
+        self._optimizer.zero_grad()
+        loss.backward()
+        if adamw:
+            nn.utils.clip_grad_norm_(self.projector.model.parameters(), 1.0)
+        self._optimizer.step()
+
+    def _step_discriminator(self, images: Tensor, rebuilt: Tensor) -> Tensor:
+        assert self._discriminator is not None
+        assert self._disc_optimizer is not None
+        self._discriminator.requires_grad_(True)
+        kind: Any = self.options.disc_loss
+        loss = discriminator_loss(self._discriminator(images), self._discriminator(rebuilt), kind)
+        self._disc_optimizer.zero_grad()
+        loss.backward()
+        self._disc_optimizer.step()
+        return loss
+
+    # -- the codebook -------------------------------------------------------------------------------------------------
+
+    def _codebook_starts(self) -> bool:
+        return quantises(self.options, self.step) and self.step > 0 and not quantises(self.options, self.step - 1)
+
+    def _codebook_sample(self) -> Tensor:
+        """Training images with about 16 latent positions for each code."""
+        per_image = (self.options.image_size // self.options.factor) ** 2
+        return self.data.sample(max(64, 16 * self.options.num_codes // per_image))
+
+    def _watch_codes(self, indices: Tensor | None, latents: Tensor) -> None:
+        """Counts the codes of a step; at the end of a window gives the unused ones a new place, if asked to."""
+        codebook = self.projector.codebook
+        if indices is None or codebook is None:
+            return
+        counts = count_codes(indices, len(codebook))
+        self._row_counts += counts
+        self._revival_counts += counts
+        if (self.step + 1) % self.options.revive_every:
+            return
+        if self.options.revive_dead_codes:
+            held = self._optimizer.state[codebook]
+            moments = [held[name] for name in ("exp_avg", "exp_avg_sq")]
+            generator = torch.Generator().manual_seed(derive_seed("projector-revive", self.options.seed, self.step))
+            self._revived += revive_dead_codes(codebook, self._revival_counts, latents, moments, generator)
+        self._revival_counts.zero_()
+
+    # -- what is told -------------------------------------------------------------------------------------------------
+
+    def column(self, name: str) -> list[float]:
+        """One part of the loss at every step so far."""
+        values: list[float] = torch.cat(self._parts)[:, _PARTS.index(name)].tolist()
+        return values
+
+    def measure(self) -> HeldOut:
+        """On held-out images, with the weights as they are now."""
+        return measure(self.projector, self.data.held_out, quantising=quantises(self.options, self.step - 1))
+
+    def add_row(self, held_out: HeldOut | None) -> None:
+        """Means of all steps since the last row. Raises TrainingError where one of their losses is not finite."""
+        self._parts = [torch.cat(self._parts)]
+        window = self._parts[0][self._row_start :].cpu()
+        wrong = (~window[:, _PARTS.index("loss")].isfinite()).nonzero()
+        if len(wrong):
+            where = int(wrong[0])
+            raise TrainingError(
+                f"{PLACE}: loss is {float(window[where, 0])} at step {self._row_start + where}; use a smaller --lr"
+            )
+        means = dict(zip(_PARTS, window.mean(0).tolist(), strict=True))
+        row: Row = {"step": self.step, "lr": _rate(self.step - 1, self.options), **means}
+        # Images are in [-1, 1] here, so their squared error is 4 times that of images in [0, 1].
+        row["psnr_db"] = -10.0 * math.log10(max(means["l2"] / 4.0, 1e-12))
+        use = codebook_use(self._row_counts) if len(self._row_counts) else None
+        row["code_usage"] = None if use is None else use.usage
+        row["code_perplexity"] = None if use is None else use.perplexity
+        row["dead_codes"] = None if use is None else use.dead
+        row["revived_codes"] = None if use is None else self._revived
+        row.update(held_out.columns() if held_out is not None else {})
+        self.rows.append(row)
+        self._row_start = self.step
+        self._row_counts.zero_()
+        self._revived = 0
+
+    # -- going on -----------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """All that a later process needs to go on as if nothing had happened."""
+        self._parts = [torch.cat(self._parts)]
+        return {
+            "options": option_texts(self.options),
+            "step": self.step,
+            "rows": self.rows,
+            "row_start": self._row_start,
+            "revived": self._revived,
+            "parts": self._parts[0],
+            "row_counts": self._row_counts,
+            "revival_counts": self._revival_counts,
+            "model": self.projector.model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "discriminator": None if self._discriminator is None else self._discriminator.state_dict(),
+            "disc_optimizer": None if self._disc_optimizer is None else self._disc_optimizer.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes over what `state` returned."""
+        device = self._row_counts.device
+        self.step, self.rows, self._revived = state["step"], state["rows"], state["revived"]
+        self._row_start = state["row_start"]
+        self._parts = [state["parts"].to(device)]
+        self._row_counts.copy_(state["row_counts"])
+        self._revival_counts.copy_(state["revival_counts"])
+        self.projector.model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        if self._discriminator is not None and self._disc_optimizer is not None:
+            self._discriminator.load_state_dict(state["discriminator"])
+            self._disc_optimizer.load_state_dict(state["disc_optimizer"])
+
+
+def _stacked(parts: dict[str, Tensor]) -> Tensor:
+    """The parts of one step as a row (1, len(_PARTS)) that holds no graph; absent ones are 0."""
+    zero = parts["loss"].new_zeros(())
+    return torch.stack([parts.get(name, zero).detach().float() for name in _PARTS])[None]
+
+
+def _rate(step: int, options: LSPTrainOptions) -> float:
+    """Learning rate of a step of the autoencoder."""
+    peak = options.lr or 0.0
+    if options.optimizer == "adam":
+        return peak
     warmup = min(options.lr_warmup_steps, options.steps // 2)
     if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (options.steps - warmup)))
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (options.steps - warmup)))
 
 
-def _batches(images: Tensor, options: KLTrainOptions, generator: torch.Generator) -> Callable[[], Tensor]:
-    """Draws batches in [-1, 1] without end, each image once before any twice.
-
-    Each batch is cropped at one random place, turned and mirrored.
-    """
-    order: list[int] = []
-    side = options.crop_size
-
-    def draw() -> Tensor:
-        nonlocal order
-        if len(order) < options.batch_size:
-            order = torch.randperm(len(images), generator=generator).tolist()
-        rows, order = order[: options.batch_size], order[options.batch_size :]
-        top, left = torch.randint(options.image_size - side + 1, (2,), generator=generator).tolist()
-        turns, mirrored = torch.randint(4, (2,), generator=generator).tolist()
-        batch = images[rows, :, top : top + side, left : left + side].float() / 127.5 - 1.0
-        batch = torch.rot90(batch, turns, (2, 3))
-        return (batch.flip(3) if mirrored % 2 else batch).contiguous(memory_format=torch.channels_last)
-
-    return draw
+def _autoencoder_optimizer(model: nn.Module, options: LSPTrainOptions) -> torch.optim.Optimizer:
+    rate = options.lr or 0.0
+    if options.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), lr=rate, betas=(0.5, 0.9), fused=True)
+    return torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
 
 
-def _loss(model: AutoencoderKL, batch: Tensor, options: KLTrainOptions, generator: torch.Generator) -> Tensor:
-    posterior = model.encode(batch).latent_dist
-    noise = torch.randn(posterior.mean.shape, generator=generator).to(batch.device)
-    rebuilt = model.decode(posterior.mean + posterior.std * noise).sample
-    kl = posterior.kl().mean() / posterior.mean[0].numel()
-    l1, l2 = functional.l1_loss(rebuilt, batch), functional.mse_loss(rebuilt, batch)
-    total: Tensor = options.l1_weight * l1 + options.l2_weight * l2 + options.kl_weight * kl
-    return total
+def _build_discriminator(options: LSPTrainOptions, device: torch.device) -> PatchDiscriminator | None:
+    if not options.adversarial:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed("projector-discriminator", options.seed))
+        model = PatchDiscriminator(width=options.disc_channels, num_layers=options.disc_layers)
+    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.train()
 
 
-def _fit(model: AutoencoderKL, images: Tensor, options: KLTrainOptions, log: Callable[[str], None]) -> list[float]:
-    """Trains in place; the loss of every step."""
-    generator = torch.Generator().manual_seed(options.seed)
-    draw = _batches(images, options, generator)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=1e-4)
-    losses = []
-    for step in range(options.steps):
-        optimizer.param_groups[0]["lr"] = options.lr * _rate(step, options)
-        loss = _loss(model, draw(), options, generator)
-        losses.append(float(loss.detach()))
-        if not math.isfinite(losses[-1]):
-            raise TrainingError(f"projector train: loss is {losses[-1]} at step {step}; use a smaller --lr")
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if (step + 1) % _LOG_EVERY_STEPS == 0:
-            log(f"step {step + 1}/{options.steps}: loss {_mean(losses[-_LOG_EVERY_STEPS:]):.5f}")
-    return losses
-
-
-@torch.no_grad()
-def normalise_latents(model: AutoencoderKL, images: Tensor) -> None:
-    """Gives the latents of uint8 images (N, 3, H, W) mean 0 and standard deviation 1 per channel.
-
-    The shift and the scale go into the two 1 x 1 convolutions on either side of the latents, so that reconstructions
-    stay what they are; the posterior's log-variance moves along.
-    """
-    latents = torch.cat([model.encode(part.float() / 127.5 - 1.0).latent_dist.mode() for part in images.split(64)])
-    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    outer, inner = model.quant_conv, model.post_quant_conv
-    inner.bias += (inner.weight * mean.view(1, -1, 1, 1)).sum((1, 2, 3))
-    inner.weight *= std.view(1, -1, 1, 1)
-    channels = len(mean)
-    outer.weight[:channels] /= std.view(-1, 1, 1, 1)
-    outer.bias[:channels] = (outer.bias[:channels] - mean) / std
-    outer.bias[channels:] -= 2.0 * std.log()
-
-
-def patch_pca_psnr(train: Tensor, held_out: Tensor, *, patch_size: int, num_components: int) -> float:
-    """PSNR in dB of uint8 images (N, 3, H, W) after a PCA of their patches that is fitted on other images.
-
-    Patches are `patch_size` square, RGB, not overlapping; the mean patch is kept aside and costs no component.
-    """
-
-    def patches(images: Tensor) -> Tensor:
-        columns = functional.unfold(images.float() / 255.0, patch_size, stride=patch_size)
-        return columns.transpose(1, 2).flatten(0, 1)
-
-    fitted, wanted = patches(train), patches(held_out)
-    mean = fitted.mean(0)
-    basis = torch.linalg.eigh(torch.cov(fitted.t())).eigenvectors[:, -num_components:]
-    residual = wanted - mean
-    residual = residual - residual @ basis @ basis.t()
-    return -10.0 * math.log10(float(residual.square().mean()))
-
-
-def _measure(out: Path, images: Tensor, held_out: Tensor, losses: list[float], options: KLTrainOptions) -> TrainReport:
-    model = load_autoencoder(out).to(images.device)
-    projector = KLProjector(model, name=out.name)
-    wanted = held_out.float() / 255.0
-    latents = torch.cat([projector.encode(part) for part in wanted.split(64)])
-    with torch.no_grad():
-        rebuilt = torch.cat([projector.decode(part) for part in latents.split(64)])
-    tenth = max(1, len(losses) // 10)
-    return TrainReport(
-        psnr_db=-10.0 * math.log10(float((rebuilt - wanted).square().mean())),
-        pca_psnr_db=patch_pca_psnr(
-            images[:2048], held_out, patch_size=projector.factor, num_components=options.latent_channels
-        ),
-        first_loss=_mean(losses[:tenth]),
-        last_loss=_mean(losses[-tenth:]),
-        latent_mean=tuple(latents.mean((0, 2, 3)).tolist()),
-        latent_std=tuple(latents.std((0, 2, 3)).tolist()),
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        weights_bytes=(out / WEIGHTS_FILE).stat().st_size,
-    )
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _readme(out: Path, options: KLTrainOptions, report: TrainReport) -> str:
-    factor = 2 ** (len(options.block_out_channels) - 1)
-    stds = ", ".join(f"{value:.2f}" for value in report.latent_std)
-    return f"""# {out.name}
-
-A diffusers `AutoencoderKL` for the generated scenes: factor {factor}, {options.latent_channels} latent channels,
-{report.num_parameters:,} parameters, {report.weights_bytes / 2**20:.2f} MiB in float32. Made by
-
-    {options.command(out)}
-
-| on {options.num_held_out} held-out scenes of {options.image_size} px (indices from 2^40, seed {options.seed}) | |
-|---|---|
-| PSNR of encode and decode | {report.psnr_db:.2f} dB |
-| PSNR of a PCA of {factor} x {factor} patches to {options.latent_channels} numbers | {report.pca_psnr_db:.2f} dB |
-| standard deviation of the latents, per channel | {stds} |
-
-Images are scaled to [-1, 1], latents are the posterior's mode and are used as they are (`scale: 1.0`). Weights are
-under this package's license.
-"""
+def _discriminator_optimizer(
+    discriminator: PatchDiscriminator | None, options: LSPTrainOptions
+) -> torch.optim.Optimizer | None:
+    if discriminator is None:
+        return None
+    return torch.optim.Adam(discriminator.parameters(), lr=options.disc_lr or 0.0, betas=(0.5, 0.9), fused=True)

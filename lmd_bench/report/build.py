@@ -11,8 +11,10 @@ from lmd_bench.config import Suite
 from lmd_bench.errors import RecordError
 from lmd_bench.metrics.efficiency import RunEfficiency
 from lmd_bench.metrics.intervals import Figure, Missing, ratio
+from lmd_bench.records import CACHED_LATENTS
 from lmd_bench.report.cells import Table, number, percent, span, to_csv, to_markdown
 from lmd_bench.report.details import details_table, estimators_table
+from lmd_bench.report.inference import inference_table, terminal_inference
 from lmd_bench.report.load import Results, load_results
 from lmd_bench.report.origin import Origin, origin
 from lmd_bench.report.quality import quality_table, yardsticks
@@ -77,7 +79,7 @@ def build_report(folder: Path, suite: Suite, *, command: str) -> Report:
 
 def _remove_left_over(folder: Path, written: set[Path]) -> None:
     """Tables and figures of speed runs change their names with the number of runs: older ones would contradict."""
-    for pattern in ("step-cost*", "profile-phases*"):
+    for pattern in ("step-cost*", "profile-phases*", "inference*", "figure6-*"):
         for path in set(folder.glob(pattern)) - written:
             path.unlink()
 
@@ -90,6 +92,8 @@ def make_tables(suite: Suite, results: Results, rows: dict[str, RowResult]) -> l
     tables += [estimators_table(suite, rows), details_table(suite, rows)]
     for profile in results.profiles:
         tables.append(step_cost_table(profile.record, suite.estimator.confidence, f"step-cost{profile.tag}"))
+    for inference in results.inferences:
+        tables.append(inference_table(inference.record, suite.estimator.confidence, f"inference{inference.tag}"))
     return tables
 
 
@@ -107,9 +111,10 @@ def _write_tables(tables: Sequence[Table], folder: Path, source: Origin) -> list
 
 
 def terminal_tables(report: Report) -> list[TerminalTable]:
-    """The report's main figures, narrow enough for a terminal: one table for runs, one for each speed run."""
+    """The report's main figures, narrow enough for a terminal: one table for runs, one for each other record."""
     tables = [_terminal_runs(report)] if any(found.runs for found in report.rows.values()) else []
-    return tables + [_terminal_speed(table) for table in report.tables if table.stem.startswith("step-cost")]
+    tables += [_terminal_speed(table) for table in report.tables if table.stem.startswith("step-cost")]
+    return tables + [_terminal_inference(table) for table in report.tables if table.stem.startswith("inference")]
 
 
 def _terminal_runs(report: Report) -> TerminalTable:
@@ -139,21 +144,32 @@ def _terminal_speed(table: Table) -> TerminalTable:
     return TerminalTable(table.title, heads, rows)
 
 
+def _terminal_inference(table: Table) -> TerminalTable:
+    columns, rows = terminal_inference(table)
+    return TerminalTable(table.title, columns, tuple(rows))
+
+
 def _terminal_row(found: RowResult, reference: RowResult | None) -> tuple[str, ...]:
     if found.why_nothing:
         return (found.label, *["-"] * 6, found.why_nothing)
     psnrs = [yardstick.checks[-1].psnr_db for yardstick in yardsticks(found)]
-    projector = found.share(lambda phases: phases.projector_share)
     return (
         found.label,
         _terminal_figure(found, lambda e: e.mit_ms, 1.0, interval=False) or _whole_run(found),
         _terminal_figure(found, lambda e: e.headline.mli, 1.0, interval=False) or "no decrease",
         _terminal_figure(found, lambda e: e.headline.mlt_ms, 1e-3) or "no decrease",
         _terminal_ratio(found, reference),
-        "none" if not found.has_projector else "not measured" if projector is None else percent(projector),
+        _terminal_projector(found),
         f"{sum(psnrs) / len(psnrs):.2f}" if psnrs else "not measured",
         "; ".join(found.marks).replace("still falling: ", "") or "none",
     )
+
+
+def _terminal_projector(found: RowResult) -> str:
+    if found.latent_cache is not None:
+        return CACHED_LATENTS
+    share = found.share(lambda phases: phases.projector_share)
+    return "none" if not found.has_projector else "not measured" if share is None else percent(share)
 
 
 def _terminal_figure(

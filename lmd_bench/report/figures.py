@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from lmd_bench.config import Suite
 from lmd_bench.lmd.mask_schedule import MaskScheduleName, mask_ratio
 from lmd_bench.metrics.efficiency import smoothed_loss
-from lmd_bench.records import CALIBRATOR, PHASES
+from lmd_bench.records import CALIBRATOR, PHASES, RECONSTRUCTIONS
 from lmd_bench.report.cells import number, rows_to_csv
 from lmd_bench.report.load import Profile, Results, Run
 from lmd_bench.report.quality import resolve
@@ -101,6 +102,8 @@ class Drawing:
             self._phases(phased)
         for profile in self.results.profiles:
             self._profile_phases(profile)
+        for row in self.labels:
+            self._masking(row)
         return self.figures
 
     # -- one figure each ------------------------------------------------------------------------------------------
@@ -153,6 +156,10 @@ class Drawing:
                 (row, "recorded", int(steps[i]), float(progress[i]), _or_none(ratios[i]), _or_none(tokens[i]))
                 for i in _thin(steps.size)
             ]
+            if points := _own_points(run):
+                places = zip(*points, strict=True)
+                axes.plot(*places, color=look.colour, linestyle="none", marker="o", markersize=5, fillstyle="none")
+                table += [(row, "points", "none", progress, ratio, "none") for progress, ratio in points]
         for name in PAPER_SCHEDULES:
             grid = [i / _FORMULA_POINTS for i in range(_FORMULA_POINTS)]
             values = [
@@ -169,7 +176,8 @@ class Drawing:
             "mask-schedules",
             "Mask schedules (the paper's figure 5)",
             "Left: the mask ratio recorded in each step (lines) on the paper's three formulas (dots; section 3.2.3: "
-            "uniform, piecewise, cosine, from 0.15 to 0.75). Right: what it comes to, the whole tokens left visible.",
+            "uniform, piecewise, cosine, from 0.15 to 0.75). Rings: the points of a schedule of one's own. Right: "
+            "what it comes to, the whole tokens left visible.",
             ["row", "kind", "step", "progress", "mask_ratio", "tokens"],
             table,
         )
@@ -217,6 +225,32 @@ class Drawing:
             ["row", "seed", "step", "train_s", "psnr_db", "ssim", "num_images"],
             table,
         )
+
+    def _masking(self, row: str) -> None:
+        """Figure 6 of the paper for a row's first run for which `lmd-bench reconstruct --figure6` has drawn it.
+
+        A picture drawn from other weights than the record's is left out.
+        """
+        for run in self.results.finished(row):
+            source = (self.results.folder / run.path).parent / RECONSTRUCTIONS
+            drawn, numbers = source / "figure6.png", source / "figure6.csv"
+            weights = run.record.weights
+            if weights is None or not drawn.is_file() or not numbers.is_file():
+                continue
+            text = numbers.read_text(encoding="utf-8")
+            if weights.sha256 not in text:
+                continue
+            stem, title = f"figure6-{row}", f"Masks along the schedule: {self.labels[row]}"
+            png, data = self.folder / f"{stem}.png", self.folder / f"{stem}.csv"
+            shutil.copyfile(drawn, png)
+            comments = "".join(f"# {' '.join(line.split())}\n" for line in (title, *self.provenance))
+            data.write_text(comments + text, encoding="utf-8")
+            caption = (
+                f"The trained weights of seed {run.record.seed}: what the network sees of an image at 0 to 100 % of "
+                "the training (grey is hidden) and beside it what it makes of that."
+            )
+            self.figures.append(Figure(stem, title, caption, png, data))
+            return
 
     def _phases(self, runs: Sequence[Run]) -> None:
         rows: dict[str, dict[str, float]] = {}
@@ -301,6 +335,15 @@ class Drawing:
 
 PAPER_SCHEDULES: Final[tuple[MaskScheduleName, ...]] = ("uniform", "piecewise", "cosine")
 _FORMULA_POINTS: Final = 240
+_MOST_RINGS: Final = 32  # more would hide the line; a sampled function has up to 257
+
+
+def _own_points(run: Run) -> list[tuple[float, float]]:
+    """The (progress, ratio) points of a schedule that is no named one, where they are few enough to be drawn."""
+    schedule = (run.record.config.get("options") or {}).get("mask_schedule")
+    if not isinstance(schedule, list) or len(schedule) > _MOST_RINGS:
+        return []
+    return [(float(progress), float(ratio)) for progress, ratio in schedule]
 
 
 def _or_none(value: float) -> float | str:

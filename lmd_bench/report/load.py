@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from lmd_bench.config import Suite
 from lmd_bench.errors import RecordError
 from lmd_bench.records import (
     STEP_COLUMNS,
+    InferenceRecord,
     ProfileRecord,
     RunRecord,
     find_runs,
+    read_inference,
     read_profile,
     read_run,
     read_steps,
@@ -53,6 +56,17 @@ class Profile:
 
 
 @dataclass(frozen=True)
+class Inference:
+    """One measurement of inference as it lies on disk."""
+
+    record: InferenceRecord
+    path: Path
+    """Relative to the report's folder."""
+    tag: str
+    """As of a `Profile`."""
+
+
+@dataclass(frozen=True)
 class Results:
     """What a report is made of."""
 
@@ -62,6 +76,7 @@ class Results:
     profiles: list[Profile]
     problems: list[str]
     """What could not be read or does not belong, one line each."""
+    inferences: list[Inference] = field(default_factory=list)
 
     def finished(self, row: str) -> list[Run]:
         """The runs of a row that ended well."""
@@ -89,14 +104,16 @@ def load_results(folder: Path, suite: Suite) -> Results:
         runs.setdefault(run.record.row, []).append(run)
         problems += _doubts(run, suite)
     profiles = _read_profiles(folder, suite, problems)
+    inferences = [Inference(*found) for found in _read_tagged(folder, suite, "inference", read_inference, problems)]
     runs = {row: sorted(found, key=lambda run: run.record.seed) for row, found in runs.items()}
-    if not profiles and not any(runs.values()):
+    if not profiles and not inferences and not any(runs.values()):
         found = f": {'; '.join(problems)}" if problems else ""
         raise RecordError(
-            f"{folder}: no readable record (seed-*/record.json, profile.json) of suite {suite.name!r}{found}"
+            f"{folder}: no readable record (seed-*/record.json, profile.json, inference.json) "
+            f"of suite {suite.name!r}{found}"
         )
     # Relative paths: a report must not tell where on a machine it was made.
-    return Results(folder, runs, profiles, [problem.replace(f"{folder}/", "") for problem in problems])
+    return Results(folder, runs, profiles, [problem.replace(f"{folder}/", "") for problem in problems], inferences)
 
 
 def _read_run(path: Path, folder: Path) -> Run:
@@ -128,18 +145,33 @@ def _doubts(run: Run, suite: Suite) -> list[str]:
 
 
 def _read_profiles(folder: Path, suite: Suite, problems: list[str]) -> list[Profile]:
-    found: list[tuple[ProfileRecord, Path]] = []
-    for path in sorted(folder.glob("**/profile*.json")):
+    return [Profile(*found) for found in _read_tagged(folder, suite, "profile", read_profile, problems)]
+
+
+_Record = TypeVar("_Record", ProfileRecord, InferenceRecord)
+_KINDS = {"profile": "a speed run", "inference": "an inference run"}
+
+
+def _read_tagged(
+    folder: Path, suite: Suite, stem: str, read: Callable[[Path], _Record], problems: list[str]
+) -> list[tuple[_Record, Path, str]]:
+    """All records in files `stem`*.json with their relative paths and what sets each apart from the others."""
+    found: list[tuple[_Record, Path]] = []
+    for path in sorted(folder.glob(f"**/{stem}*.json")):
         try:
-            record = read_profile(path)
+            record = read(path)
         except RecordError as error:
             problems.append(str(error))
             continue
         if record.suite != suite.name:
-            problems.append(f"{path}: a speed run of suite {record.suite!r}, left out of {suite.name!r}")
+            problems.append(f"{path}: {_KINDS[stem]} of suite {record.suite!r}, left out of {suite.name!r}")
             continue
         found.append((record, path.relative_to(folder)))
     if len(found) == 1:
-        return [Profile(*found[0], tag="")]
-    tags = ["-".join(["", *path.parent.parts, path.stem.removeprefix("profile").strip("-")]) for _, path in found]
-    return [Profile(record, path, tag.rstrip("-") or "-1") for (record, path), tag in zip(found, tags, strict=True)]
+        return [(record, path, "") for record, path in found]
+    return [(record, path, _tag(path, stem)) for record, path in found]
+
+
+def _tag(path: Path, stem: str) -> str:
+    tag = "-".join(["", *path.parent.parts, path.stem.removeprefix(stem).strip("-")])
+    return tag.rstrip("-") or "-1"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmd_bench.config import Suite
-from lmd_bench.records import ProfileRecord, RunRecord
+from lmd_bench.records import InferenceRecord, ProfileRecord, RunRecord
 from lmd_bench.report.load import Results
 
 
@@ -67,7 +67,11 @@ class Origin:
 def origin(suite: Suite, results: Results, command: str) -> Origin:
     """Gather what the records say about themselves; `command` made the report."""
     runs = [run.record for run in results.all_runs]
-    records: list[RunRecord | ProfileRecord] = [*runs, *(profile.record for profile in results.profiles)]
+    records: list[RunRecord | ProfileRecord | InferenceRecord] = [
+        *runs,
+        *(profile.record for profile in results.profiles),
+        *(inference.record for inference in results.inferences),
+    ]
     environments = [record.environment for record in records]
     machines, commits = _distinct(map(machine_text, environments)), _distinct(map(commit_text, environments))
     finished = sum(run.status == "finished" for run in runs)

@@ -104,6 +104,19 @@ def _runs(results: Results) -> list[dict[str, Any]]:
         }
         for profile in results.profiles
     ]
+    lines += [
+        {
+            "label": "inference run",
+            "seed": "none",
+            "status": "finished",
+            "path": inference.path.as_posix(),
+            "hash": "none",
+            "started": inference.record.started_at,
+            "commit": commit_text(inference.record.environment),
+            "notes": "random weights",
+        }
+        for inference in results.inferences
+    ]
     return lines
 
 

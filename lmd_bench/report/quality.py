@@ -49,8 +49,14 @@ def quality_table(suite: Suite, rows: Mapping[str, RowResult]) -> Table:
         Column("SSIM, last", ("ssim_last",), "0 to 1"),
         *(_target_column(target, level) for target, level in targets),
         Column("Floor: mean colour", ("mean_colour_psnr_db",), "dB", "Bounds"),
+        Column("Floor: nearest visible unit", ("nearest_unit_psnr_db",), "dB", "Bounds"),
         Column("Ceiling: projector alone", ("ceiling_psnr_db",), "dB", "Bounds"),
         Column("Latent leak", ("latent_leak_db",), "dB"),
+        Column(
+            "Unveiled in levels, best against one shot",
+            ("progressive_gain_db", "progressive_evaluations", "progressive_order"),
+            "dB",
+        ),
         Column("Evaluations", ("function_evaluations",), "per image"),
         Column("Masks", ("own_mask", "image_size_px", "unit_px")),
     ]
@@ -62,6 +68,11 @@ def quality_table(suite: Suite, rows: Mapping[str, RowResult]) -> Table:
         (Section(None, body),),
         tuple(_notes(suite, rows, targets)),
     )
+
+
+def _most_progressive_images(rows: Mapping[str, RowResult]) -> int:
+    counts = [way.num_images for found in rows.values() for one in yardsticks(found) for way in one.progressive]
+    return max(counts, default=0)
 
 
 def _key(target: TargetConfig) -> str:
@@ -94,8 +105,10 @@ def _row(found: RowResult, targets: Sequence[tuple[TargetConfig, float | Missing
         _mean_cell([yardstick.checks[-1].ssim for yardstick in read], "ssim_last", digits=3),
         *(_ttq_cell(read, target, level) for target, level in targets),
         _optional(read, "mean_colour_psnr_db", "not measured: not in the record"),
+        _optional(read, "nearest_unit_psnr_db", "not measured: not in the record"),
         _optional(read, "ceiling_psnr_db", "none: works on pixels"),
         _optional(read, "latent_leak_db", "none: no projector to leak"),
+        _progressive_cell(read),
         Cell((str(read[0].function_evaluations),), "value", {"function_evaluations": read[0].function_evaluations}),
         _masks_cell(read[0]),
     )
@@ -115,6 +128,27 @@ def _optional(read: Sequence[Yardstick], name: str, otherwise: str) -> Cell:
     if values:
         return _mean_cell(values, name)
     return missing(otherwise) if otherwise.startswith("not measured") else label(otherwise)
+
+
+def _progressive_cell(read: Sequence[Yardstick]) -> Cell:
+    """What walking the mask levels gains or loses, the best way first; several seeds: the mean gain."""
+    gains: dict[tuple[int, str], list[float]] = {}
+    for yardstick in read:
+        one_shot = next((way.psnr_db for way in yardstick.progressive if way.levels == 1), None)
+        for way in yardstick.progressive:
+            if one_shot is not None and way.levels != 1:
+                gains.setdefault((way.function_evaluations, way.order), []).append(way.psnr_db - one_shot)
+    if not gains:
+        return label("none: one prediction only")
+    ordered = sorted(((fmean(values), *way) for way, values in gains.items()), reverse=True)
+    gain, evaluations, order = ordered[0]
+    parts: dict[str, Number | str] = {
+        "progressive_gain_db": gain,
+        "progressive_evaluations": evaluations,
+        "progressive_order": order,
+    }
+    lines = tuple(f"{gain:+.2f}: {evaluations} evaluations, {order}" for gain, evaluations, order in ordered)
+    return Cell(lines, "value", parts)
 
 
 def _masks_cell(yardstick: Yardstick) -> Cell:
@@ -170,7 +204,15 @@ def _notes(
         "between that check and the one before. A target above its projector's ceiling cannot be reached.",
         "Latent leak: PSNR gained when the projector sees the whole image before latents are masked; the other columns "
         "are without it. Evaluations: forward passes of the trained network per reconstruction.",
+        "Floors need no learning: hidden pixels filled with the mean colour of the visible ones, or every hidden unit "
+        "with a copy of the nearest visible one.",
     ]
+    if images := _most_progressive_images(rows):
+        notes.append(
+            f"Unveiled in levels: PSNR gained over one shot, on the first {images} of the images, when tokens are "
+            "filled in over several predictions: in a random order, or those first whose prediction has settled most "
+            "(confidence)."
+        )
     notes += [
         f"{100 * target.fraction:g} % of the gain of {target.of}: "
         + (f"no target: {level.reason}." if isinstance(level, Missing) else f"{level:.3f} dB, the first check of "

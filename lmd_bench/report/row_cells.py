@@ -8,6 +8,7 @@ from typing import Final
 
 from lmd_bench.metrics.efficiency import RunEfficiency
 from lmd_bench.metrics.intervals import Figure, Interval, Missing, Ratio, ratio
+from lmd_bench.records import CACHED_LATENTS
 from lmd_bench.report.cells import Cell, Column, Number, label, missing, number, percent, span
 from lmd_bench.report.rows import RowResult, points_text, short_kind
 
@@ -153,12 +154,18 @@ def shares_cell(found: RowResult) -> Cell:
     stall = found.share(lambda phases: phases.stall_share)
     if found.why_nothing or projector is None or stall is None:
         return share_cell(found, None, "phases")
-    return two_shares(projector, stall, has_projector=found.has_projector)
+    if (cache := found.latent_cache) is not None:
+        before = f"encoded before: {number(cache['seconds'])} s, {number(cache['num_bytes'] / 2**20)} MiB"
+        return two_shares(projector, stall, instead=(CACHED_LATENTS, before))
+    return two_shares(projector, stall, instead=() if found.has_projector else ("no projector",))
 
 
-def two_shares(projector: float, stall: float, *, has_projector: bool) -> Cell:
-    """Projector and stall in one cell; without a projector its phase is only the cost of one more mark."""
-    lines = (percent(projector) if has_projector else "no projector", f"stall {percent(stall)}")
+def two_shares(projector: float, stall: float, *, instead: tuple[str, ...] = ()) -> Cell:
+    """Projector and stall in one cell.
+
+    `instead` stands for the projector's share where steps project nothing: its phase is the cost of one more mark.
+    """
+    lines = (*(instead or (percent(projector),)), f"stall {percent(stall)}")
     return Cell(lines, "value", {"projector_share": projector, "stall_share": stall})
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lmd_bench.config import RowConfig, Suite
 from lmd_bench.metrics.efficiency import RunEfficiency
@@ -90,6 +91,11 @@ class RowResult:
     def has_projector(self) -> bool:
         """Whether the row encodes images before it trains on them."""
         return any(run.record.cost is not None and run.record.cost.projector_parameters > 0 for run in self.finished)
+
+    @property
+    def latent_cache(self) -> Mapping[str, Any] | None:
+        """What the records say of the cache the row read its latents from; None where every step encodes."""
+        return next((cache for run in self.finished if (cache := run.record.data.get("latent_cache"))), None)
 
     @property
     def mit_whole_ms(self) -> float | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from lmd_bench.metrics.intervals import Missing, Ratio, ratio_of_rounds
-from lmd_bench.records import CALIBRATOR, PHASES, ProfileRecord, ProfileRound, ProfileRow
+from lmd_bench.records import CACHED_LATENTS, CALIBRATOR, PHASES, ProfileRecord, ProfileRound, ProfileRow
 from lmd_bench.report.cells import Cell, Column, Number, Section, Table, missing, number, percent, plain, span
 from lmd_bench.report.row_cells import ratio_lines, two_shares
 
@@ -172,7 +172,11 @@ class _StepCost:
             statistics.median(phase_ms(part, phase) / statistics.fmean(part.period_ms) for part in row.rounds)
             for phase in ("projector", "data")
         )
-        shares = two_shares(projector, stall, has_projector=row.about.projector is not None)
+        named = row.about.projector
+        cached = named is not None and named.endswith(CACHED_LATENTS)
+        shares = two_shares(
+            projector, stall, instead=("no projector",) if named is None else (CACHED_LATENTS,) if cached else ()
+        )
         return [*cells, shares, self._median_cell(bare, "bare_ms")]
 
     def _median_cell(self, median: Median, name: str) -> Cell:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmd_bench.data.yardstick import hide, paste, yardstick_masks
+from lmd_bench.data.yardstick import fill_nearest_unit, hide, paste, yardstick_masks
 from lmd_bench.errors import ConfigError, DataError
 from lmd_bench.nn.masking import fill_with_visible_mean, pixel_mask
 
@@ -81,3 +81,40 @@ def test_the_mean_colour_is_that_of_visible_pixels_whatever_is_hidden() -> None:
     perturbed = torch.where(pixels, torch.full_like(images, float("nan")), images)
     assert torch.equal(fill_with_visible_mean(perturbed, pixel_mask(mask, 64)), filled)
     assert torch.equal(hide(perturbed, mask), hide(images, mask))
+
+
+def test_every_hidden_unit_is_a_copy_of_the_nearest_visible_one_the_first_in_raster_order_of_several() -> None:
+    units = torch.arange(9.0).view(1, 1, 3, 3).repeat_interleave(4, 2).repeat_interleave(4, 3).expand(1, 3, 12, 12)
+    mask = torch.ones(1, 3, 3, dtype=torch.bool)
+    mask[0, 0, 0] = mask[0, 0, 2] = mask[0, 2, 1] = False  # units 0, 2 and 7
+    filled = fill_nearest_unit(units, mask)[0, 0, ::4, ::4]
+    # unit 1 is as far from 0 as from 2; unit 4 is nearer to 7 than to the corners; 3 to 0, 5 to 2, by one step
+    assert filled.tolist() == [[0, 0, 2], [0, 7, 2], [7, 7, 7]]
+
+
+@given(st.integers(0, 2**32), st.integers(1, 15))
+def test_nearest_units_agree_with_a_search_one_by_one(seed: int, visible: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.ones(16, dtype=torch.bool)
+    mask[torch.randperm(16, generator=generator)[:visible]] = False
+    units = torch.rand(4, 4, generator=generator)
+    filled = fill_nearest_unit(units.view(1, 1, 4, 4), mask.view(1, 4, 4))[0, 0]
+    for number in range(16):
+        nearest = min(
+            (place for place in range(16) if not mask[place]),
+            key=lambda place: ((place // 4 - number // 4) ** 2 + (place % 4 - number % 4) ** 2, place),
+        )
+        assert filled.flatten()[number] == units.flatten()[nearest]
+
+
+def test_the_nearest_unit_never_looks_at_what_is_hidden_and_keeps_what_is_visible() -> None:
+    images = torch.rand(4, 3, 64, 64)
+    mask = yardstick_masks(4, 64, 16, 0.25)
+    pixels = pixel_mask(mask, 64)
+    spoilt = images.masked_fill(pixels, float("nan"))
+    filled = fill_nearest_unit(spoilt, mask)
+    assert torch.equal(filled, fill_nearest_unit(images, mask))
+    assert filled.isfinite().all()
+    assert torch.equal(filled.masked_fill(pixels, 0), images.masked_fill(pixels, 0))
+    with pytest.raises(DataError, match="no visible unit at all"):
+        fill_nearest_unit(images, torch.ones_like(mask))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from helpers.methods import Tiny, TinyConfig
@@ -12,6 +14,7 @@ from lmd_bench.data.scenes import Scenes
 from lmd_bench.errors import TrainingError
 from lmd_bench.harness.evaluate import YardstickRunner, check_steps
 from lmd_bench.method import DataSpec
+from lmd_bench.nn.masking import pixel_mask
 
 CPU = torch.device("cpu")
 CONFIG = EvaluationConfig(num_images=6, unit_px=16, batch_size=4)
@@ -36,6 +39,24 @@ class Leaky(Peeking):
 
     def reconstruct_leaking(self, images: Tensor, mask: Tensor) -> Tensor:
         return images
+
+
+class Stepwise(Tiny):
+    """Reconstructs better the more levels it takes, and keeps what it was asked for."""
+
+    progressive_orders = ("random", "confidence")
+
+    def __init__(self, config: TinyConfig, data: DataSpec) -> None:
+        super().__init__(config, data)
+        self.asked: list[tuple[int | None, str, tuple[int, ...]]] = []
+
+    def reconstruct_progressively(
+        self, images: Tensor, mask: Tensor, *, levels: int | None, order: str, seeds: Sequence[int]
+    ) -> tuple[Tensor, int]:
+        self.asked.append((levels, order, tuple(seeds)))
+        assert len(seeds) == len(images)
+        assert not images.masked_select(pixel_mask(mask, images.shape[-1])).any(), "hidden pixels must be black"
+        return torch.full_like(images, 0.5 if levels == 1 else 0.4), levels or 38
 
 
 class Broken(Tiny):
@@ -73,6 +94,30 @@ def test_methods_without_a_projector_have_neither_ceiling_nor_leak() -> None:
     summary = yardstick.summary(method)
     assert summary.ceiling_psnr_db is None
     assert summary.latent_leak_db is None
+
+
+def test_one_shot_and_every_way_of_unveiling_are_measured_on_the_same_images() -> None:
+    method = Stepwise(TinyConfig(), DataSpec(64))
+    ways = runner().summary(method).progressive
+    assert [(way.levels, way.order, way.function_evaluations) for way in ways] == [
+        (1, "none", 1),
+        (8, "random", 8),
+        (8, "confidence", 8),
+        (None, "random", 38),
+        (None, "confidence", 38),
+    ]
+    assert {way.num_images for way in ways} == {6}
+    assert ways[0].psnr_db != ways[1].psnr_db
+    seeds = [[seed for asked in method.asked[two : two + 2] for seed in asked[2]] for two in range(0, 10, 2)]
+    assert all(one == seeds[0] for one in seeds), "two chunks each, of four and two images, under the same seeds"
+    assert len(set(seeds[0])) == 6
+
+
+def test_methods_of_one_prediction_have_nothing_to_unveil() -> None:
+    summary = runner().summary(Tiny(TinyConfig(), DataSpec(64)))
+    assert summary.progressive == []
+    assert summary.nearest_unit_psnr_db is not None
+    assert summary.nearest_unit_psnr_db < 100
 
 
 def test_a_check_leaves_the_method_in_training_mode_and_repeats_exactly() -> None:

@@ -1,14 +1,22 @@
 """LMD as a method."""
 
+from pathlib import Path
+
+import psutil
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lmd_bench.config import LearningRateConfig, RecipeConfig
 from lmd_bench.errors import ConfigError, DataError, WeightsError
+from lmd_bench.harness.loop import Trainer, TrainOptions, TrainResult
+from lmd_bench.harness.noise import NoiseSource
+from lmd_bench.harness.timer import clock_for
 from lmd_bench.lmd.method import LMD, LMDConfig
 from lmd_bench.lmd.model import lmd_vit_base_patch4
+from lmd_bench.lmd.unet import UNetConfig
 from lmd_bench.method import Batch, DataSpec
 from lmd_bench.projector.base import LatentProjector
 from lmd_bench.projector.config import ProjectorConfig
@@ -191,6 +199,150 @@ def lmd_forward_flops(batch: int, kept: int) -> float:
     encoder = 12 * block(kept + 1, 768) + 2 * kept * 64 * 768
     decoder = 7 * block(50, 512) + block(50, 512, hidden) + 2 * (kept + 1) * 768 * 512 + 2 * hidden * 512 * 64
     return batch * (encoder + decoder)
+
+
+@pytest.mark.parametrize(
+    ("options", "parameters"),
+    [
+        ({}, 110_817_856),
+        ({"variant": "generative"}, 95_075_904),
+        ({"variant": "generative", "decoder_width": 1024}, 208_855_616),
+    ],
+)
+def test_the_papers_shapes_have_their_blocks_and_parameters(options: dict[str, object], parameters: int) -> None:
+    """By hand: block(d) = 12 d^2 + 13 d; beside the blocks only what depends on the two widths."""
+    config = LMDConfig(projector=PIXELS, **options)
+    depths = (8, 12) if options else (12, 8)
+    assert (config.encoder_depth, config.decoder_depth) == depths
+    with torch.device("meta"):
+        model = LMD(config, DataSpec(224), projector=MeanProjector()).model
+    width = config.decoder_width
+    assert (model.decoder_embed.in_features, model.decoder_embed.out_features) == (768, width)
+    blocks = sum(depth * (12 * d * d + 13 * d) for depth, d in zip(depths, (768, width), strict=True))
+    encoder = 64 * 768 + 768 + 768 + 50 * 768 + 2 * 768  # embedding, class token, positions, norm
+    decoder = 768 * width + width + width + 50 * width + 2 * width + width * 64 + 64
+    assert sum(p.numel() for p in model.parameters()) == blocks + encoder + decoder == parameters
+
+
+def test_a_depth_that_is_given_wins_over_the_variants() -> None:
+    config = LMDConfig(projector=PIXELS, variant="generative", decoder_depth=3)
+    assert (config.encoder_depth, config.decoder_depth) == (8, 3)
+    assert LMDConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_a_schedule_of_ones_own_masks_by_its_points(tmp_path: Path) -> None:
+    method = latent_lmd(mask_schedule=[[0, 0.5], [0.5, 0.5], [0.5, 0.9], [1, 0.9]])
+    assert [method.num_tokens_at(step, 100) for step in (1, 50, 51, 100)] == [8, 8, 1, 1]
+    path = tmp_path / "own.py"
+    path.write_text("def ramp(progress):\n    return 0.2 + 0.5 * progress\n")
+    config = latent_lmd(mask_schedule=f"{path}:ramp").config
+    path.unlink()
+    again = LMDConfig.model_validate(config.model_dump(mode="json"))
+    assert again == config, "a finished run is loaded without the function's file"
+    assert again.mask_range() == (0.2, pytest.approx(0.7))
+
+
+def test_the_curve_of_a_function_enters_the_options_of_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "own.py"
+    dumps = []
+    for end in (0.5, 0.6):
+        path.write_text(f"def ramp(progress):\n    return {end} * progress\n")
+        dumps.append(LMDConfig(projector=PIXELS, mask_schedule=f"{path}:ramp").model_dump(mode="json"))
+    assert dumps[0] != dumps[1]
+
+
+def test_a_schedule_that_leaves_no_token_is_refused_before_anything_is_built() -> None:
+    points = LMDConfig(projector=PIXELS, patch_size=16, mask_schedule=[[0, 0.1], [1, 0.95]])
+    LMD.check(points, DataSpec(128))
+    with pytest.raises(ConfigError, match=r"a mask ratio of 0.95 leaves none of 16 tokens visible"):
+        LMD.check(points, DataSpec(64))
+    with pytest.raises(ConfigError, match=r"a mask ratio of 0.8 leaves none of 4 tokens visible"):
+        LMD.check(LMDConfig(projector=PIXELS, patch_size=16, mask_ratio_end=0.8), DataSpec(32))
+
+
+def test_points_and_named_ratios_do_not_mix() -> None:
+    with pytest.raises(ValidationError, match="mask_ratio_end belongs to the named schedules"):
+        LMDConfig(projector=PIXELS, mask_schedule=[[0, 0.1], [1, 0.5]], mask_ratio_end=0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"patch_size": 32}, "49 tokens, 29 mask levels (41 to 12 visible)"),
+        ({"patch_size": 16}, "196 tokens, 117 mask levels (166 to 49 visible)"),
+        ({"patch_size": 32, "mask_schedule": "constant"}, "49 tokens, 0 mask levels (12 to 12 visible)"),
+        ({"patch_size": 32, "mask_schedule": [[0, 0], [1, 0.5]]}, "49 tokens, 24 mask levels (48 to 24 visible)"),
+    ],
+)
+def test_the_number_of_mask_levels_follows_from_tokens_and_schedule(options: dict[str, object], text: str) -> None:
+    assert LMD.plan_text(LMDConfig(projector=PIXELS, **options), DataSpec(224)) == text
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_compiling_makes_few_graphs_however_many_lengths_the_schedule_has() -> None:
+    config = LMDConfig(projector=PIXELS, patch_size=4, **TINY)
+    runs = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        method = LMD(config, DataSpec(28)).train()
+        runs.append(train_on_noise(method, compiled))
+    plain, compiled_run = runs
+    assert len({method.num_tokens_at(step, 60) for step in range(1, 61)}) >= 25
+    assert compiled_run.compiled_graphs is not None
+    assert 1 <= compiled_run.compiled_graphs <= 3
+    assert compiled_run.losses == pytest.approx(plain.losses, rel=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize("options", [{"network": "unet"}, {"pixel_loss": 1.0, "pixel_loss_start": 0.5}], ids=str)
+def test_the_other_networks_and_losses_make_few_graphs_too(options: dict[str, object]) -> None:
+    """Graphs are counted where they are made, before code is generated from them, which takes a minute for a U-Net."""
+    import torch._dynamo
+
+    unet = UNetConfig(
+        block_out_channels=(8, 8), attention_levels=(), attention_head_dim=8, layers_per_block=1, norm_num_groups=4
+    )
+    method = LMD(LMDConfig(projector=PIXELS, patch_size=4, unet=unet, **TINY, **options), DataSpec(28)).train()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    method.model.forward = torch.compile(method.model.forward, backend="eager")
+    inputs = method.prepare(Batch(torch.rand(2, 3, 28, 28)))
+    for step in range(1, 61):
+        method.training_step(inputs, step=step, total_steps=60).loss.backward()
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+
+
+def train_on_noise(method: LMD, compiled: bool) -> TrainResult:
+    options = TrainOptions(
+        recipe=RecipeConfig(batch_size=2, lr=LearningRateConfig(base=1e-4, per_images=None)),
+        steps=60,
+        lr_warmup_steps=0,
+        untimed_steps=1,
+        seed=0,
+        device=torch.device("cpu"),
+        compile=compiled,
+    )
+    trainer = Trainer(method, NoiseSource(method, options.device), options, clock_for(options.device))
+    return trainer.run(lambda _: None, lambda *_: None, lambda *_: None)
+
+
+@pytest.mark.slow
+def test_memory_stays_level_over_repeated_passes_along_the_schedule() -> None:
+    """Lengths that change from step to step must not make the process grow: the allocator reuses what it holds."""
+    sizes = {"encoder_width": 192, "encoder_depth": 4, "encoder_heads": 3}
+    sizes |= {"decoder_width": 128, "decoder_depth": 2, "decoder_heads": 4}
+    method = LMD(LMDConfig(projector=PIXELS, patch_size=4, **sizes), DataSpec(28)).train()
+    images, process = torch.rand(8, 3, 28, 28), psutil.Process()
+    resident = []
+    for _ in range(4):
+        for step in range(1, 46):
+            output = method.training_step(method.prepare(Batch(images)), step=step, total_steps=45)
+            output.loss.backward()
+            method.zero_grad(set_to_none=True)
+        resident.append(process.memory_info().rss / 2**20)
+    assert max(resident[1:]) - resident[0] < 16, f"resident set after each pass, MiB: {resident}"
 
 
 def official_state() -> dict[str, Tensor]:

@@ -54,6 +54,10 @@ def train_lsp(out: Path, options: LSPTrainOptions, *, device: str = "cpu", log: 
     options = resolve(options, perceptual=perceptual is not None)
     make_folder(out)
     state = _read_state(out / STATE_FILE, options)
+    if options.init_from is not None:
+        TRAINABLE[options.kind].build(options).start_from(
+            options.init_from
+        )  # what does not fit is said before the wait
     if why_not:
         log(f"without LPIPS: {why_not}")
     log(_describe_data_ahead(options))
@@ -173,6 +177,8 @@ class _Training:
         self.step = 0  # steps taken
         self.rows: list[Row] = []
         self.projector: TrainableProjector = TRAINABLE[options.kind].build(options)
+        if options.init_from is not None:
+            self.projector.start_from(options.init_from)
         self.projector.model.to(device=device, memory_format=torch.channels_last).train()
         self._optimizer = _autoencoder_optimizer(self.projector.model, options)
         self._perceptual = None if perceptual is None else perceptual.to(device)
@@ -254,7 +260,8 @@ class _Training:
     # -- the codebook -------------------------------------------------------------------------------------------------
 
     def _codebook_starts(self) -> bool:
-        return quantises(self.options, self.step) and self.step > 0 and not quantises(self.options, self.step - 1)
+        options = self.options
+        return options.codebook_init == "data" and self.step == options.codebook_init_step
 
     def _codebook_sample(self) -> Tensor:
         """Training images with about 16 latent positions for each code."""

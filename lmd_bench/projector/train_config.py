@@ -50,6 +50,9 @@ class LSPTrainOptions:
     data: str | None = _option(None, "Folder of images to train on; default: generated scenes.")
     num_images: int = _option(8192, "Training scenes, drawn once and held in memory; a folder is used whole.")
     num_held_out: int = _option(256, "Images measured on, never trained on; of a folder a quarter at most.")
+    init_from: str | None = _option(
+        None, "Folder of an earlier training to start from: of the same kind and sizes, or a kl to make a vq of."
+    )
     turn: bool = _option(True, "Turn batches by a random multiple of 90 degrees.")
     # The network
     block_out_channels: tuple[int, ...] = _option((32, 32, 32, 32), "Widths, one per resolution; f = 2^(number - 1).")

@@ -12,8 +12,12 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
+from lmd_bench.errors import WeightsError
+from lmd_bench.nn.official import load_exactly
 from lmd_bench.projector.codebook import kmeans, positions
+from lmd_bench.projector.config import config_of_path, folder_of
 from lmd_bench.projector.light import LightAutoencoder
+from lmd_bench.projector.load import load_model
 from lmd_bench.projector.losses import quantise
 from lmd_bench.projector.train_config import LSPTrainOptions
 from lmd_bench.seeding import derive_seed
@@ -40,6 +44,8 @@ class TrainableProjector(ABC):
     """
 
     model_class: ClassVar[Any]
+    also_from: ClassVar[tuple[type[TrainableProjector], ...]] = ()
+    """Other kinds whose weights `start_from` can turn into this one's."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -50,6 +56,27 @@ class TrainableProjector(ABC):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             return cls(cls._model(options))
+
+    def start_from(self, path: str) -> None:
+        """Takes the weights of a trained projector of the same kind and sizes, a folder or `shipped:NAME`.
+
+        Raises WeightsError for another kind, and naming the tensors that do not fit.
+        """
+        config = config_of_path(path)
+        source = TRAINABLE.get(config.kind)
+        if source is None or not (source is type(self) or source in self.also_from):
+            raise WeightsError(
+                f"init_from {path}: is of kind {config.kind!r}, which cannot be gone on from as this one"
+            )
+        state = load_model(source.model_class, folder_of(path, "autoencoder"), torch.float32).state_dict()
+        try:
+            load_exactly(self.model, state if source is type(self) else self._converted(state))
+        except WeightsError as error:
+            raise WeightsError(f"init_from {path}: {error}; give the options it was trained with") from None
+
+    def _converted(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of a kind in `also_from` as this kind's."""
+        raise NotImplementedError
 
     @classmethod
     def reopen(cls, folder: Path) -> Self:
@@ -176,12 +203,28 @@ class VQTrainable(TrainableProjector):
     """diffusers' VQModel, trained through `losses.quantise` (LMD eq. 2 to 4)."""
 
     model_class = VQModel
+    also_from = (KLTrainable,)
 
     @classmethod
     def _model(cls, options: LSPTrainOptions) -> nn.Module:
         values = _network_values(options) | {"num_vq_embeddings": options.num_codes}
         model: nn.Module = VQModel(**values)  # its codebook starts uniform in +-1/K, as released
         return model
+
+    def _converted(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A KL autoencoder's weights without its log-variance: its latents' mean is what this model encodes to.
+
+        The last 3 x 3 and the 1 x 1 convolution of its encoder, both linear, become one; the codebook is this model's.
+        """
+        mean = state["quant_conv.weight"].chunk(2)[0].flatten(1)
+        outer = {
+            "encoder.conv_out.weight": torch.tensordot(mean, state["encoder.conv_out.weight"], dims=1),
+            "encoder.conv_out.bias": mean @ state["encoder.conv_out.bias"] + state["quant_conv.bias"].chunk(2)[0],
+            "quant_conv.weight": torch.eye(len(mean))[:, :, None, None],
+            "quant_conv.bias": torch.zeros(len(mean)),
+            "quantize.embedding.weight": self.codebook.detach(),
+        }
+        return {**state, **outer}
 
     @property
     def codebook(self) -> nn.Parameter:

@@ -72,7 +72,7 @@ def test_the_command_of_a_training_means_the_same_options(
 def test_resolved_options_leave_nothing_to_the_machine() -> None:
     for kind in ("vq", "kl", "light"):
         texts = option_texts(resolve(LSPTrainOptions(kind=kind), perceptual=False))
-        assert {name for name, text in texts.items() if text is None} == {"data", "perceptual_trunk"}
+        assert {name for name, text in texts.items() if text is None} == {"data", "init_from", "perceptual_trunk"}
         assert texts["optimizer"] == ("adam" if kind == "vq" else "adamw")
         assert texts["perceptual_weight"] == "0.0"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lmd_bench.data.scenes import Scenes
+from lmd_bench.errors import WeightsError
 from lmd_bench.projector.train_config import LSPTrainOptions
 from lmd_bench.projector.train_kinds import (
     TRAINABLE,
@@ -18,6 +20,7 @@ from lmd_bench.projector.train_kinds import (
     LightTrainable,
     TrainableProjector,
     VQTrainable,
+    noisy,
     num_quantised,
     quantises,
 )
@@ -198,3 +201,34 @@ def test_weights_depend_on_the_seed_alone() -> None:
         assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
         assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
     assert TRAINABLE["light"] is LightTrainable
+
+
+def test_a_vq_that_starts_from_a_kl_encodes_and_decodes_as_it_did(tmp_path: Path) -> None:
+    source, options, batch = built("kl")
+    source.model.save_pretrained(tmp_path)
+    projector = TRAINABLE["vq"].build(replace(options, kind="vq"))
+    projector.start_from(str(tmp_path))
+    with torch.no_grad():
+        latents = source.encode(batch)
+        torch.testing.assert_close(projector.encode(batch), latents, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(projector.decode(latents), source.decode(latents), atol=1e-4, rtol=1e-4)
+
+
+def test_starting_from_another_kind_or_size_is_refused_in_words(tmp_path: Path) -> None:
+    source, options, _ = built("vq")
+    source.model.save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match="is of kind 'vq'"):
+        TRAINABLE["kl"].build(replace(options, kind="kl")).start_from(str(tmp_path))
+    wider = TRAINABLE["vq"].build(replace(options, num_codes=30))
+    with pytest.raises(WeightsError, match=r"quantize.embedding.weight \(24, 4\) instead of \(30, 4\).*options"):
+        wider.start_from(str(tmp_path))
+
+
+def test_noise_is_a_share_of_each_channels_spread_and_a_function_of_the_step() -> None:
+    latents = torch.randn(64, 2, 16, 16) * torch.tensor([1.0, 50.0]).view(1, 2, 1, 1)
+    options = replace(SMALL, kind="light", latent_noise=0.1)
+    added = noisy(latents, options, 3) - latents
+    torch.testing.assert_close(added.std((0, 2, 3)), 0.1 * latents.std((0, 2, 3)), rtol=0.05, atol=0.0)
+    assert torch.equal(noisy(latents, options, 3) - latents, added)
+    assert not torch.equal(noisy(latents, options, 4) - latents, added)
+    assert noisy(latents, SMALL, 3) is latents

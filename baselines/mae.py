@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lmd_bench.errors import ConfigError
-from lmd_bench.lmd.mask_schedule import num_kept
+from lmd_bench.lmd.mask_schedule import check_leaves_tokens, num_kept
 from lmd_bench.method import DataSpec, Method, MethodConfig, StepOutput
 from lmd_bench.nn.config import AutoencoderConfig, sizes_of
 from lmd_bench.nn.masked_autoencoder import MaskedAutoencoder
@@ -54,8 +54,9 @@ class MAE(Method):
 
     @classmethod
     def check(cls, config: MAEConfig, data: DataSpec) -> None:
-        """Raise ConfigError unless the patch size cuts the images."""
+        """Raise ConfigError unless the patch size cuts the images and the mask ratio leaves a patch visible."""
         config.check_patch(data.image_size, "images")
+        check_leaves_tokens((data.image_size // config.patch_size) ** 2, config.mask_ratio, "mask_ratio")
 
     @classmethod
     def token_px(cls, config: MAEConfig, data: DataSpec) -> int:
@@ -99,11 +100,11 @@ class MAE(Method):
     def from_official(cls, state_dict: Mapping[str, Tensor], **options: Any) -> MAE:
         """MAE with the weights of an authors' pre-training checkpoint (its "model" entry).
 
-        Sizes are read off the tensors. `options` are those of `MAEConfig`; `encoder_heads` (default 12) and
-        `decoder_heads` (default 16) cannot be read off. Raises WeightsError naming keys that do not fit.
+        Sizes are read off the tensors. `options` are those of `MAEConfig`; `encoder_heads` and `decoder_heads` cannot
+        be read off: left out, they are those of the published models of these widths. Raises WeightsError for other
+        widths, and naming keys that do not fit.
         """
-        heads = {name: options.get(name, MAEConfig.model_fields[name].default) for name in _HEADS}
-        shape = shape_of_checkpoint(state_dict, **heads)
+        shape = shape_of_checkpoint(state_dict, **{name: options.get(name) for name in _HEADS})
         method = cls(MAEConfig(**{**sizes_of(shape), **options}), DataSpec(shape.input_size))
         load_exactly(method.model, state_dict)
         return method

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from lmd_bench.harness.plan import Cell, Plan
 
 DEFAULT_OUT = Path("reports/local")
+MIN_IMAGE_PX, MAX_IMAGE_PX = 16, 4096
+"""Of `lsp inspect`."""
 
 app = typer.Typer(
     name="lmd-bench",
@@ -502,7 +504,7 @@ def inference(
     plan, added = _plan(suite, methods, values, settings, add, device, out, force=True, reads_data=False)
     from lmd_bench.harness.allocator import keep_freed_memory
     from lmd_bench.harness.environment import environment
-    from lmd_bench.harness.inference import InferenceOptions, measure_inference
+    from lmd_bench.harness.inference import InferenceOptions, measure_inference, unmeasured
     from lmd_bench.records import InferenceRecord, InferenceRound, write_json
     from lmd_bench.suite_files import save_suite
 
@@ -517,7 +519,7 @@ def inference(
     def save(measured: InferenceRecord) -> None:
         write_json(path, measured)
 
-    measure_inference(
+    record = measure_inference(
         plan,
         InferenceOptions(sizes, rounds, calls, untimed),
         added,
@@ -528,6 +530,11 @@ def inference(
     )
     save_suite(folder, plan.suite, keep=True)
     _report(folder, plan.suite)
+    missed = unmeasured(record, [cell.config.row for cell in plan.cells])
+    for text in missed:
+        _errors().print(text, markup=False, soft_wrap=True)
+    if missed:
+        sys.exit(1)
 
 
 @app.command("profile-optimizers")
@@ -556,13 +563,14 @@ def profile_optimizers(
         _say(f"  round {measured.round + 1}/{rounds}  {measured.optimizer}: {median:.2f} ms/step")
 
     name = resolve_device(device)
+    path = _unused(out, f"optimizer-cost-{model}-fp32-{name.partition(':')[0]}")
 
     def save(measured: OptimizerCostRecord) -> None:
         machine, commit = machine_text(measured.environment), commit_text(measured.environment)
         origin = [f"Machine: {machine}", f"Commit: {commit}", f"Command: {measured.command}"]
-        write_json(out / "optimizer-cost.json", measured)
+        write_json(path, measured)
         text = to_markdown(optimizer_cost_table(measured), origin)
-        (out / "optimizer-cost.md").write_text(text, encoding="utf-8")
+        path.with_suffix(".md").write_text(text, encoding="utf-8")
 
     record = compare_optimizers(
         OptimizerCostOptions(model, rounds, steps, untimed, name),
@@ -571,7 +579,7 @@ def profile_optimizers(
         on_round=on_round,
         save=save,
     )
-    _say(f"written: {out / 'optimizer-cost.json'}, {out / 'optimizer-cost.md'}")
+    _say(f"written: {path}, {path.with_suffix('.md')}")
     for left_out, reason in record.not_measured.items():
         _errors().print(f"{left_out}: not measured: {reason}", markup=False, soft_wrap=True)
     if record.not_measured:
@@ -608,7 +616,10 @@ def reconstruct(
         str | None,
         typer.Option("--levels", help="Unveil in so many predictions: 1 is one shot, `all` the whole mask schedule."),
     ] = None,
-    order: Annotated[str, typer.Option("--order", help="What is unveiled first: random or confidence.")] = "random",
+    order: Annotated[
+        str | None,
+        typer.Option("--order", help="What --levels unveil first: random or confidence. Default: as in the run."),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of masks and orders; each image makes its own of it.")] = 0,
     figure6: Annotated[
         bool, typer.Option("--figure6", help="Draw masks along the schedule for five images, for the report too.")
@@ -626,18 +637,29 @@ def reconstruct(
         bool | None,
         typer.Option("--normalized-targets/--plain-targets", help="What an authors' checkpoint was trained on."),
     ] = None,
+    encoder_heads: Annotated[
+        int | None,
+        typer.Option("--encoder-heads", min=1, help="Of an authors' checkpoint. Default: as published for its width."),
+    ] = None,
+    decoder_heads: Annotated[
+        int | None, typer.Option("--decoder-heads", min=1, help="The same for the decoder.")
+    ] = None,
 ) -> None:
     """Fill hidden parts of images with a trained method: original, masked and reconstructed beside each other."""
     if mask_ratio is not None and mask_image is not None:
         raise ConfigError("--mask-ratio and --mask-image: give one of them")
     wanted_levels = _levels(levels)
-    if method is None and (projector is not None or normalized_targets is not None):
-        raise ConfigError("--projector, --normalized-targets and --plain-targets belong to --method")
+    if method is None and any(
+        given is not None for given in (projector, normalized_targets, encoder_heads, decoder_heads)
+    ):
+        raise ConfigError(
+            "--projector, --normalized-targets, --plain-targets, --encoder-heads and --decoder-heads belong to --method"
+        )
     import torch
 
     from lmd_bench.harness.plan import resolve_device
     from lmd_bench.reconstruct import checkpoint as opening
-    from lmd_bench.reconstruct.figure6 import FIGURE6_IMAGES, draw_figure6
+    from lmd_bench.reconstruct.figure6 import FIGURE6_FILES, FIGURE6_IMAGES
     from lmd_bench.reconstruct.fill import TABLE_FILE, Request
     from lmd_bench.reconstruct.fill import reconstruct as fill
     from lmd_bench.reconstruct.pictures import held_out_pictures, read_pictures
@@ -651,18 +673,57 @@ def reconstruct(
         opened = opening.open_run(checkpoint, place, {method_name(target): target for target in add or []})
     else:
         opened = opening.open_official(
-            checkpoint, method, place, projector=projector, normalized_targets=normalized_targets
+            checkpoint,
+            method,
+            place,
+            projector=projector,
+            normalized_targets=normalized_targets,
+            encoder_heads=encoder_heads,
+            decoder_heads=decoder_heads,
         )
+        _say(f"{checkpoint}: {opened.shape_text}")
     pictures = read_pictures(images, opened.image_size) if images else held_out_pictures(opened, FIGURE6_IMAGES)
     folder = out or opened.path.parent / RECONSTRUCTIONS
-    if figure6:
-        for path in draw_figure6(opened, pictures, seed, folder):
-            _say(f"written: {path}")
-    ratio = opened.mask_ratio if mask_ratio is None else mask_ratio
-    rows = fill(opened, pictures, Request(ratio, mask_image, wanted_levels, order, seed), folder)
+    rows = fill(opened, pictures, Request(mask_ratio, mask_image, wanted_levels, order, seed, figure6), folder)
+    for name in FIGURE6_FILES if figure6 else ():
+        _say(f"written: {folder / name}")
     for row in rows:
         _say(f"  {row.picture}: {row.text}")
     _say(f"written: {len(rows)} pictures (original | masked | reconstructed) and {TABLE_FILE} in {folder}")
+
+
+@app.command()
+def sample(
+    checkpoint: Annotated[
+        Path, typer.Option("--checkpoint", help="A finished cell, OUT/<suite>/<row>/seed-<n>, or a weights file.")
+    ],
+    images: Annotated[int, typer.Option("--images", min=1, help="How many to make.")] = 16,
+    levels: Annotated[
+        str | None,
+        typer.Option("--levels", help="Unveil in so many predictions, or `all` the schedule. Default: as in the run."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Image i depends on this and on i alone.")] = 0,
+    out: Annotated[Path | None, typer.Option("--out", help="Default: `samples` beside the weights.")] = None,
+    device: DeviceOption = "auto",
+    add: AddOption = None,
+) -> None:
+    """Make images from nothing with a trained method that generates: one PNG each, and a grid of all."""
+    wanted_levels = _levels(levels)
+    import torch
+
+    from lmd_bench.harness.plan import resolve_device
+    from lmd_bench.reconstruct.checkpoint import open_cell
+    from lmd_bench.reconstruct.sample import SAMPLES, SampleRequest, note_on_samples, sample_images
+    from lmd_bench.registry import check_added, method_name
+
+    place = torch.device(resolve_device(device))
+    for target in add or []:
+        check_added(target)
+    opened = open_cell(checkpoint, place, {method_name(target): target for target in add or []})
+    written = sample_images(opened, SampleRequest(images, wanted_levels, seed), out or opened.path.parent / SAMPLES)
+    if note := note_on_samples(opened.method):
+        _say(note)
+    _say(f"written: {images} image{'s' if images > 1 else ''} and {written[-1].name} in {written[-1].parent}")
 
 
 def _levels(text: str | None) -> int | None:
@@ -733,8 +794,8 @@ def lsp_encode(
             "data": {
                 "name": "scenes" if folder is None else "folder",
                 "path": folder,
-                "image_size": image_size or (64 if folder is None else 224),
-                "num_train": num_images or (4096 if folder is None else None),
+                "image_size": image_size if image_size is not None else (64 if folder is None else 224),
+                "num_train": num_images if num_images is not None else (4096 if folder is None else None),
                 "num_held_out": num_held_out,
                 "seed": seed,
             },
@@ -758,6 +819,7 @@ def lsp_encode(
         device=resolve_device(device),
         command=_command(),
         on_progress=lambda *figures: _say(encoded_line(*figures)),
+        log=_say,
     )
     _say(
         f"{out}: {meta.views} x {meta.shape[1]} images as latents {'x'.join(map(str, meta.shape[2:]))} {meta.dtype}, "
@@ -772,6 +834,7 @@ def lsp_encode(
 def _lsp_train(
     out: Annotated[Path, typer.Option("--out", help="Folder to write, readable by diffusers.")],
     device: DeviceOption = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace a projector that lies in --out.")] = False,
     **values: Any,
 ) -> None:
     """Train a latent space projector (VQGAN, KL or light) and write it as a diffusers folder.
@@ -786,7 +849,7 @@ def _lsp_train(
     from lmd_bench.projector.train import STATE_FILE, train_lsp
 
     try:
-        train_lsp(out, options, device=device_name, log=_say)
+        train_lsp(out, options, device=device_name, force=force, log=_say)
     except KeyboardInterrupt:
         kept = "The last saved state is kept" if (out / STATE_FILE).exists() else "No state was saved yet"
         _say(f"\nstopped. {kept} in {out}; go on with:\n  {_command()}")
@@ -806,6 +869,11 @@ def lsp_import(
         f"{out}: {report.num_parameters:,} parameters, factor {report.factor}, {report.latent_channels} latent "
         f"channels, from {len(report.used)} keys; use it as projector {{kind: {report.kind}, path: {out}}}"
     )
+    if report.scaling_factor != 1.0:
+        _say(
+            f"scale_factor of the checkpoint: {report.scaling_factor:.6g}; projector.scale={report.scaling_factor:.6g} "
+            "gives latents of unit scale, as its diffusion model sees them (LMD's authors use 1)"
+        )
     if report.left_out:
         groups = ", ".join(f"{name} ({count})" for name, count in report.left_out_groups.items())
         _say(f"left out, not part of the projector: {len(report.left_out)} keys: {groups}")
@@ -819,6 +887,9 @@ def lsp_inspect(
     image_size: Annotated[
         int | None, typer.Option("--image-size", help="px. Default: 64 for scenes, 224 for a folder.")
     ] = None,
+    data_seed: Annotated[
+        int, typer.Option("--data-seed", min=0, help="Which scenes, which held-out images (data.seed of runs).")
+    ] = 0,
     shown: Annotated[int, typer.Option("--shown", min=1, help="Images in figure 7.")] = 4,
     precision: Annotated[str, typer.Option("--precision", help="fp32 or bf16, of the projectors.")] = "fp32",
     device: DeviceOption = "auto",
@@ -828,7 +899,9 @@ def lsp_inspect(
     from lmd_bench.harness.plan import resolve_device
     from lmd_bench.projector.config import check_projector, config_of_path
 
-    size = image_size or (64 if data == "scenes" else 224)
+    size = image_size if image_size is not None else (64 if data == "scenes" else 224)
+    if not MIN_IMAGE_PX <= size <= MAX_IMAGE_PX:
+        raise ConfigError(f"--image-size {size}: must be from {MIN_IMAGE_PX} to {MAX_IMAGE_PX} px")
     if precision not in ("fp32", "bf16"):
         raise ConfigError(f"--precision {precision}: must be fp32 or bf16")
     configs = [config_of_path(path, precision) for path in projectors]
@@ -838,11 +911,14 @@ def lsp_inspect(
     import torch
 
     from lmd_bench.harness.environment import environment, machine_name
-    from lmd_bench.projector.inspect import inspect_projector, open_inspect_data
+    from lmd_bench.projector.inspect import inspect_projector, open_inspect_data, require_held_out
     from lmd_bench.projector.inspect_report import make_table, require_writable, write_inspections
 
+    found = open_inspect_data(None if data == "scenes" else data, images, size, torch.device(device_name), data_seed)
+    if found.index is not None and (warning := found.index.warning()) is not None:
+        _say(warning)
+    require_held_out(configs, found)
     require_writable(out)
-    found = open_inspect_data(None if data == "scenes" else data, images, size, torch.device(device_name))
     inspections = [inspect_projector(config, found, num_samples=shown) for config in configs]
     provenance = [_command(), machine_name(environment(device_name))]
     written = write_inspections(out, inspections, found.described, provenance)

@@ -166,6 +166,8 @@ class RowConfig(_Values):
     """The row of the published tables this one stands beside, as it is named there."""
     planned: str | None = None
     """Set where the method or part of it is not built yet: why. The row is then listed, never run."""
+    base: str | None = None
+    """The row that this one is a change of: the table "one factor at a time" compares the two."""
     note: str = ""
     """A sentence that tables print under themselves for this row."""
 
@@ -242,9 +244,11 @@ class Suite(_Values):
         for name, row in self.methods.items():
             if row.recipe not in self.recipes:
                 raise ValueError(f"methods.{name}.recipe: no recipe {row.recipe!r}{near(row.recipe, self.recipes)}")
-        named = [("reference", self.reference)] + [
-            (f"evaluation.targets.{i}.of", target.of) for i, target in enumerate(self.evaluation.targets)
-        ]
+            if row.base == name:
+                raise ValueError(f"methods.{name}.base: a row is not a change of itself; name another row")
+        named = [("reference", self.reference)]
+        named += [(f"methods.{name}.base", row.base) for name, row in self.methods.items()]
+        named += [(f"evaluation.targets.{i}.of", target.of) for i, target in enumerate(self.evaluation.targets)]
         for place, row_name in named:
             if row_name is not None and row_name not in self.methods:
                 raise ValueError(f"{place}: no row {row_name!r}{near(row_name, self.methods)}")
@@ -261,6 +265,8 @@ class RunConfig(_Values):
     code: str | None = None
     """SHA-256 of the file of a method that `--add` brought in; None for installed methods."""
     options: Json
+    inputs: str | None = None
+    """Digest of the files that the options name (`Method.inputs_digest`); None where they name none."""
     image_size: int
     data: DataConfig
     recipe: RecipeConfig

@@ -101,6 +101,14 @@ class Method(nn.Module, ABC):
         return None
 
     @classmethod
+    def inputs_digest(cls, config: Any) -> str | None:
+        """Digest of what lies in files that the options name, such as frozen weights; None where they name none.
+
+        It is part of a run's identity: another content under the same name is another experiment.
+        """
+        return None
+
+    @classmethod
     def plan_text(cls, config: Any, data: DataSpec) -> str | None:
         """A sentence for the plan on what these options come to with this data, None where there is nothing to say."""
         return None

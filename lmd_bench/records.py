@@ -84,7 +84,7 @@ class Cost(_Part):
     peak_memory_kind: str
     """"allocated on the GPU" or "resident set of the process"."""
     compiled_graphs: int | None = None
-    """Graphs that torch.compile made, where it was on: more than a few say that shapes keep changing."""
+    """Graphs that torch.compile made of the method, where it was on: more than a few say that shapes keep changing."""
 
 
 class SavedWeights(_Part):

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -244,7 +246,7 @@ def _decay(group: dict[str, Any]) -> tuple[float, float]:
 def compile_obstacle(device_type: str) -> str | None:
     """Why torch.compile cannot make kernels for "cpu" or "cuda" on this machine, None where it can."""
     if device_type == "cuda":
-        return None if importlib.util.find_spec("triton") else "the package triton is not installed"
+        return _triton_obstacle()
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -252,4 +254,16 @@ def compile_obstacle(device_type: str) -> str | None:
         get_cpp_compiler()
     except InvalidCxxCompiler:
         return "there is no C++ compiler (g++ or clang++, or what the variable CXX names)"
+    return None
+
+
+def _triton_obstacle() -> str | None:
+    """Triton builds a launcher in C for every kernel, by what CC names, else by gcc or clang."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    named = os.environ.get("CC")
+    if named and shutil.which(named) is None:
+        return f"Triton needs a C compiler, and there is no {named}, which the variable CC names"
+    if not named and shutil.which("gcc") is None and shutil.which("clang") is None:
+        return "Triton needs a C compiler, and there is none (gcc or clang, or what the variable CC names)"
     return None

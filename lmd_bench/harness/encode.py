@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,14 +50,25 @@ class EncodeOptions(BaseModel):
 
 
 def encode_data(
-    options: EncodeOptions, out: Path, *, device: str, command: str, on_progress: OnProgress | None = None
+    options: EncodeOptions,
+    out: Path,
+    *,
+    device: str,
+    command: str,
+    on_progress: OnProgress | None = None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> CacheMeta:
-    """Write the cache `out`. Everything a user can get wrong is raised as a BenchError before images are made."""
+    """Write the cache `out`. Everything a user can get wrong is raised as a BenchError before images are made.
+
+    `log` takes a line about a folder's images that were left out.
+    """
     require_free_name(out)
     named = config_of_path(options.projector)
     chosen = named.model_copy(update={"scale": options.scale, "precision": options.precision})
     data = options.data
     index = scan_folder(data.path, data) if data.path is not None else None
+    if index is not None and (warning := index.warning()) is not None:
+        log(warning)
     contents = cache_contents(chosen, data, options.augmentation, data.image_size, index)
     require_disk(out, cache_bytes(chosen, contents, options.views, options.dtype))
     target = torch.device(device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ class YardstickRunner:
             unit_px=self._config.unit_px,
             checks=self.checks,
             own_mask=method.mask_pattern,
-            function_evaluations=method.num_function_evaluations,
+            function_evaluations=self._function_evaluations(method),
             projector=method.projector_name,
             ceiling_psnr_db=ceiling,
             latent_leak_db=leaking - self.checks[-1].psnr_db if leaking is not None and self.checks else None,
@@ -98,8 +99,18 @@ class YardstickRunner:
             num_images=count,
         )
 
+    def _function_evaluations(self, method: Method) -> int:
+        """Forward passes of one `reconstruct` call under the first image's mask."""
+        if not method.progressive_orders:
+            return method.num_function_evaluations
+        images, mask = self._chunk(0, 1)
+        with _evaluating(method), torch.no_grad():
+            reseed(self._device, self._seed, "yardstick", 0)
+            return counted(method, lambda: method.reconstruct(hide(images, mask), mask))[1]
+
     def _psnr(self, method: Method, fill: Filler) -> float | None:
-        with torch.no_grad():
+        with _evaluating(method), torch.no_grad():  # in training mode the probe would move running statistics
+            reseed(self._device, self._seed, "yardstick", 0)
             if fill(*self._chunk(0, 1)) is None:
                 return None
         return self._measure(method, fill)[0]
@@ -108,24 +119,47 @@ class YardstickRunner:
     def _measure(self, method: Method, fill: Filler, num_images: int | None = None) -> tuple[float, float]:
         """Mean PSNR over hidden pixels and mean SSIM of the composite, over the first `num_images` (None: all)."""
         end = len(self._images) if num_images is None else num_images
-        was_training = method.training
-        method.eval()
         psnrs, similarities = [], []
-        for start in range(0, end, self._config.batch_size):
-            images, mask = self._chunk(start, min(end, start + self._config.batch_size))
-            reseed(self._device, self._seed, "yardstick", start)
-            filled = fill(images, mask)
-            if filled is None or filled.shape != images.shape or not bool(torch.isfinite(filled).all()):
-                raise TrainingError("the reconstruction of held-out images is missing, misshapen or not finite")
-            composite = paste(filled, images, mask)
-            psnrs.append(psnr_hidden(composite, images, mask))
-            similarities.append(ssim(composite, images))
-        method.train(was_training)
+        with _evaluating(method):
+            for start in range(0, end, self._config.batch_size):
+                images, mask = self._chunk(start, min(end, start + self._config.batch_size))
+                reseed(self._device, self._seed, "yardstick", start)
+                filled = fill(images, mask)
+                if filled is None or filled.shape != images.shape or not bool(torch.isfinite(filled).all()):
+                    raise TrainingError("the reconstruction of held-out images is missing, misshapen or not finite")
+                composite = paste(filled, images, mask)
+                psnrs.append(psnr_hidden(composite, images, mask))
+                similarities.append(ssim(composite, images))
         return float(torch.cat(psnrs).mean()), float(torch.cat(similarities).mean())
 
     def _chunk(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         images = self._images[start:end].to(self._device).float() / 255
         return images, self._masks[start:end].to(self._device)
+
+
+def counted(method: Method, fill: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """What `fill` gives back for one image, and how many forward passes of the trained network that took.
+
+    They are counted for methods that walk levels, where they depend on the mask; elsewhere the method's word is taken.
+    """
+    from lmd_bench.harness.inference import counted_evaluations, most_common  # it imports this module in turn
+
+    if not method.progressive_orders:
+        return fill(), method.num_function_evaluations
+    with counted_evaluations(method) as counts:
+        filled = fill()
+    return filled, most_common(counts) or method.num_function_evaluations
+
+
+@contextmanager
+def _evaluating(method: Method) -> Iterator[None]:
+    """Evaluation mode inside the block, whatever it was before afterwards."""
+    was_training = method.training
+    method.eval()
+    try:
+        yield
+    finally:
+        method.train(was_training)
 
 
 def _fill_mean_colour(images: Tensor, mask: Tensor) -> Tensor:

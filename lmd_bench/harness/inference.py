@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -116,6 +116,21 @@ def measure_inference(
     return record
 
 
+def unmeasured(record: InferenceRecord, rows: Sequence[str]) -> list[str]:
+    """One line for each of `rows` and each batch size of which not one task was measured, with the reasons.
+
+    That a method lacks a task, such as sampling, is no line.
+    """
+    measured = {(part.row, part.batch_size) for part in record.rounds}
+    lines = []
+    for row in dict.fromkeys(rows):
+        for size in record.batch_sizes:
+            if (row, size) not in measured:
+                misses = [miss.reason for miss in record.not_measured if (miss.row, miss.batch_size) == (row, size)]
+                lines.append(f"{row}, batch {size}: not measured: {'; '.join(dict.fromkeys(misses))}")
+    return lines
+
+
 def time_row(
     config: RunConfig,
     batch_size: int,
@@ -176,7 +191,7 @@ class _Bench:
         self.options = options
         self.device = device
         self.clock: Clock = clock_for(device)
-        self.batch = noise_batch(method, batch_size, device)
+        self.batch = noise_batch(method, batch_size, device, always_images=True)  # a cache holds training images only
         evaluation = config.evaluation
         masks = yardstick_masks(batch_size, config.image_size, evaluation.unit_px, evaluation.keep)
         self.masks = masks.to(device)

@@ -82,11 +82,15 @@ class Trainer:
     """Trains one method once."""
 
     def __init__(self, method: Method, source: Batches, options: TrainOptions, clock: Clock) -> None:
+        """With `options.compile` the method's networks are compiled in place, on their first call."""
         self.method = method
         self.source = source
         self.options = options
         self.clock = clock
-        self.optimizer = build_optimizer(method, options.recipe)
+        self._optimizer_graphs = 0
+        if options.compile:
+            compile_method(method, options.steps)
+        self.optimizer = self._new_optimizer()
         decay = options.recipe.ema_decay
         self.average = WeightAverage(method, decay) if decay is not None else None
         self._trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -104,8 +108,6 @@ class Trainer:
         steps_per_s)` are called off the clock. Raises TrainingError at a loss that is not finite.
         """
         options = self.options
-        if options.compile:
-            compile_method(self.method, options.steps)
         untimed_s, compile_s = self._warm_up(on_rows)
         timer = StepTimer(self.clock)
         with closing(self.source.batches(options.recipe.batch_size, options.seed)) as batches:
@@ -134,8 +136,21 @@ class Trainer:
                         on_check(step, timer.train_s)
             wall = timer.stop()
         return TrainResult(
-            losses, timer.times, wall, untimed_s, compile_s, count_compiled_graphs() if options.compile else None
+            losses, timer.times, wall, untimed_s, compile_s, self._method_graphs() if options.compile else None
         )
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        """The recipe's optimizer without state; graphs that it compiles itself are counted apart."""
+        if not self.options.compile:
+            return build_optimizer(self.method, self.options.recipe)
+        before = count_compiled_graphs()
+        optimizer = build_optimizer(self.method, self.options.recipe)
+        self._optimizer_graphs += count_compiled_graphs() - before
+        return optimizer
+
+    def _method_graphs(self) -> int:
+        """Graphs compiled of the method, without those of the optimizer."""
+        return count_compiled_graphs() - self._optimizer_graphs
 
     def averaged(self) -> AbstractContextManager[None]:
         """The weights that are evaluated: the moving average where the recipe keeps one."""
@@ -211,14 +226,14 @@ class Trainer:
         with torch.no_grad():
             for tensor, value in saved:
                 tensor.copy_(value)
-        self.optimizer = build_optimizer(self.method, self.options.recipe)
+        self.optimizer = self._new_optimizer()
         if self.average is not None:
             self.average = WeightAverage(self.method, self.options.recipe.ema_decay or 0.0)
         return wall_s, self._compile_seconds(times) if self.options.compile else None
 
     def _compile_seconds(self, times: list[StepTimes]) -> float:
         """What the untimed steps that met a new shape took beyond those at the end, which met none."""
-        if count_compiled_graphs() == 0:
+        if self._method_graphs() == 0:
             raise TrainingError("--compile: torch.compile compiled nothing of this method; run it without")
         settled = statistics.median(step.period_ms for step in times[-MIN_SETTLED_STEPS:])
         return sum(step.period_ms - settled for step in times[:-MIN_SETTLED_STEPS]) / 1e3
@@ -246,7 +261,9 @@ class Trainer:
 def untimed_schedule(method: Method, options: TrainOptions) -> list[int]:
     """Which steps of the schedule the untimed steps stand for: spread evenly, first and last included.
 
-    When compiling, the first step of every different token count comes on top, so that no shape is new later.
+    When compiling, the first step of every different token count comes before them, so that no shape is new later,
+    and so do first, middle and last step: the loss of a network that always sees all tokens still takes as many as
+    the mask ratio hides.
     """
     count = max(options.untimed_steps, MIN_SETTLED_STEPS) if options.compile else options.untimed_steps
     if count == 0:
@@ -254,7 +271,8 @@ def untimed_schedule(method: Method, options: TrainOptions) -> list[int]:
     spread = [1 + round(i * (options.steps - 1) / max(1, count - 1)) for i in range(count)]
     if not options.compile:
         return spread
-    return [*first_steps_by_length(method, options.steps).values(), *spread]
+    ends = (1, (1 + options.steps) // 2, options.steps)
+    return [*sorted({*first_steps_by_length(method, options.steps).values(), *ends}), *spread]
 
 
 def first_steps_by_length(method: Method, steps: int) -> dict[int | None, int]:
@@ -290,7 +308,7 @@ def compile_method(method: Method, steps: int) -> None:
 
 
 def count_compiled_graphs() -> int:
-    """Graphs compiled since `compile_method`."""
+    """Graphs compiled since `compile_method`, the optimizer's included."""
     import torch._dynamo
 
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])

@@ -12,10 +12,12 @@ from lmd_bench.method import Batch, Method
 NUM_CLASSES = 1000
 
 
-def noise_batch(method: Method, batch_size: int, device: torch.device, seed: int = 0) -> Batch:
+def noise_batch(
+    method: Method, batch_size: int, device: torch.device, seed: int = 0, *, always_images: bool = False
+) -> Batch:
     """One batch of noise with labels, and with what the method's own `collate` makes of it.
 
-    Images uniform in [0, 1], or latents of unit variance for a row that reads a cache.
+    Images uniform in [0, 1], or latents of unit variance for a row that reads a cache, but for `always_images`.
     """
     size = method.data.image_size
     generator = torch.Generator().manual_seed(seed)
@@ -23,7 +25,7 @@ def noise_batch(method: Method, batch_size: int, device: torch.device, seed: int
     labels = torch.arange(batch_size) % (method.data.num_classes or NUM_CLASSES)
     samples = list(zip(images, labels.tolist(), strict=True))
     extra = {name: tensor.to(device) for name, tensor in method.collate(samples, generator).items()}
-    if method.cached_shape is not None:
+    if method.cached_shape is not None and not always_images:
         latents = torch.randn((batch_size, *method.cached_shape), generator=generator).to(device)
         return Batch(torch.empty(0, device=device), labels.to(device), extra, prepared=latents)
     return Batch(images.to(device).float() / 255, labels.to(device), extra)

@@ -57,6 +57,8 @@ class Plan:
     """Row -> bytes of one cell's weights, where they are kept."""
     notes: list[str] = field(default_factory=list)
     """What a user should know before it starts."""
+    inputs: dict[str, str | None] = field(default_factory=dict)
+    """Row -> digest of the files that its options name, read once for all seeds."""
     caches: dict[str, CacheNeed] = field(default_factory=dict)
     """Row -> the latent cache it reads, checked, or to be made before its first cell; rows that encode are left out."""
 
@@ -173,6 +175,7 @@ def make_plan(
                 _attempt(problems, lambda cell=cell: _sort_in(plan, cell, force))
     for cell in {cell.config.row: cell for cell in plan.cells}.values() if reads_data else ():
         _attempt(problems, lambda cell=cell: _plan_cache(plan, cell))
+        _attempt(problems, lambda cell=cell: _note_seen_images(plan, cell))
     if not problems:
         plan.weights_bytes = _weights_bytes(plan)
         _attempt(problems, lambda: _check_disk(plan))
@@ -297,6 +300,8 @@ def _cell(
         method.check(options, spec)
         token_px = method.token_px(options, spec)
         text = method.plan_text(options, spec)
+        if row not in plan.inputs:
+            plan.inputs[row] = method.inputs_digest(options)
     except BenchError as error:
         raise type(error)(f"{place}: {error}") from error
     if suite.evaluation.num_checks and method.yardstick_obstacle(options) is None:
@@ -322,6 +327,7 @@ def _cell(
         method=settings.method,
         code=code_digest(added[settings.method]) if settings.method in added else None,
         options=options.model_dump(mode="json"),
+        inputs=plan.inputs[row],
         image_size=image_size,
         data=suite.data,
         recipe=recipe,
@@ -360,6 +366,19 @@ def _plan_cache(plan: Plan, cell: Cell) -> None:
             f"{config.row}: {need.views} view{'s' if need.views > 1 else ''} of {need.contents.num_images} images are "
             f"encoded first, off the clock, into {need.folder} ({need.num_bytes / 2**20:.1f} MiB)"
         )
+
+
+def _note_seen_images(plan: Plan, cell: Cell) -> None:
+    """Say where a row's projector may have been trained on images that are held out here."""
+    projector = cell.config.options.get("projector")
+    path = projector.get("path") if isinstance(projector, Mapping) else None
+    if plan.folder_index is None or not isinstance(path, str):
+        return
+    from lmd_bench.projector.training_split import seen_in_training
+
+    seen = seen_in_training(Path(path).expanduser(), plan.folder_index)
+    if seen is not None:
+        plan.notes.append(f"{cell.config.row}: {seen}; train it with this run's data.seed and data.num_held_out")
 
 
 def _evaluation(suite: Suite, plan: Plan) -> EvaluationConfig:
@@ -428,11 +447,14 @@ def _sort_in(plan: Plan, cell: Cell, force: bool) -> None:
         )
 
 
+_NAMES = {"inputs": "contents of the files that the options name, such as the projector's weights: digest"}
+
+
 def _difference(record: RunRecord, config: RunConfig) -> str:
     """The first few values in which a record's settings differ from the wanted ones."""
     then, now = _flat(record.config), _flat(config.model_dump(mode="json"))
     keys = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
-    shown = [f"{key} {then.get(key)!r}, now {now.get(key)!r}" for key in keys[:3]]
+    shown = [f"{_NAMES.get(key, key)} {then.get(key)!r}, now {now.get(key)!r}" for key in keys[:3]]
     return "; ".join(shown) + (f"; {len(keys) - 3} more" if len(keys) > 3 else "")
 
 

@@ -21,7 +21,7 @@ from lmd_bench.harness.calibrator import CALIBRATOR_IMAGE_SIZE, CALIBRATOR_RECIP
 from lmd_bench.harness.execute import build_method, try_count_flops
 from lmd_bench.harness.fresh_process import Failed, in_fresh_process
 from lmd_bench.harness.instrument import measure_instrument
-from lmd_bench.harness.loop import Trainer, TrainOptions, compile_method
+from lmd_bench.harness.loop import Trainer, TrainOptions
 from lmd_bench.harness.noise import NUM_CLASSES, NoiseSource
 from lmd_bench.harness.timer import StepTimes, clock_for
 from lmd_bench.metrics.cost import PeakMemory
@@ -161,8 +161,6 @@ def time_row(
     row = _describe(method, config, options) if describe else None
     memory = PeakMemory(device)
     memory.reset()
-    if config.compile:
-        compile_method(method, config.steps)
     train_options = TrainOptions.from_config(config, lr_warmup_steps=0, untimed_steps=0)
     trainer = Trainer(method, NoiseSource(method, device), train_options, clock_for(device))
     positions = options.positions()

@@ -224,11 +224,11 @@ def schedule_range(schedule: MaskSchedule, *, start: float, end: float) -> Point
     return (end if schedule == "constant" else start), end
 
 
-def check_leaves_tokens(num_tokens: int, ratio: float) -> None:
-    """Raise ConfigError where a mask ratio leaves none of the tokens visible."""
+def check_leaves_tokens(num_tokens: int, ratio: float, option: str) -> None:
+    """Raise ConfigError where a mask ratio, set by `option`, leaves none of the tokens visible."""
     if int(num_tokens * (1 - ratio)) < 1:
         raise ConfigError(
-            f"mask_schedule: a mask ratio of {ratio:g} leaves none of {num_tokens} tokens visible; "
+            f"{option}: a mask ratio of {ratio:g} leaves none of {num_tokens} tokens visible; "
             f"stay below {1 - 1 / num_tokens:.4g}, or use smaller tokens (patch_size)"
         )
 

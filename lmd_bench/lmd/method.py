@@ -27,6 +27,7 @@ from lmd_bench.lmd.model import (
     check_initial_weights,
     file_digest,
     load_initial_weights,
+    run_behind,
 )
 from lmd_bench.lmd.pixel_loss import left_out_of_the_graph, parameters_outside_blocks, pixel_loss
 from lmd_bench.lmd.sampling import UNVEIL_ORDERS, Unveiling, UnveilOrder, unveil
@@ -37,7 +38,7 @@ from lmd_bench.nn.masked_autoencoder import MaskedAutoencoder
 from lmd_bench.nn.masking import fill_with_visible_mean, pixel_mask, random_ids, token_mask
 from lmd_bench.nn.official import load_exactly, shape_of_checkpoint
 from lmd_bench.projector.base import LatentProjector
-from lmd_bench.projector.config import ProjectorConfig, check_projector
+from lmd_bench.projector.config import ProjectorConfig, check_projector, weights_digest
 from lmd_bench.projector.open import open_projector
 from lmd_bench.projector.pixels import PixelProjector
 
@@ -163,10 +164,17 @@ class LMD(Method):
         """Raise ConfigError unless projector, patch, image size and schedule fit; WeightsError for unfit weights."""
         info = check_projector(config.projector, data.image_size)
         latent_size = _latent_size(config, data.image_size, info.factor)
-        check_leaves_tokens((latent_size // config.patch_size) ** 2, config.mask_range()[1])
+        field = "mask_ratio_end" if isinstance(config.mask_schedule, str) else "mask_schedule"
+        check_leaves_tokens((latent_size // config.patch_size) ** 2, config.mask_range()[1], field)
         if config.init_weights is not None and _initial_weights_are_there(config):
             with torch.device("meta"):
                 check_initial_weights(_network(config, latent_size, info.latent_channels), config.init_weights)
+            _check_trained_alike(config, config.init_weights)
+
+    @classmethod
+    def inputs_digest(cls, config: LMDConfig) -> str | None:
+        """The projector's: its weights lie in a folder of their own. None in pixel space."""
+        return None if config.projector.kind == "pixels" else weights_digest(config.projector)
 
     @classmethod
     def plan_text(cls, config: LMDConfig, data: DataSpec) -> str:
@@ -219,7 +227,8 @@ class LMD(Method):
         ratio = self.mask_ratio_at(step, total_steps)
         kept = num_kept(self.model.shape.num_tokens, ratio)
         ids = random_ids(len(latents), self.model.shape.num_tokens, latents.device)
-        scalars: dict[str, Tensor | float] = {"mask_ratio": ratio, "tokens": float(kept)}
+        tokens = float(self.num_tokens_at(step, total_steps))
+        scalars: dict[str, Tensor | float] = {"mask_ratio": ratio, "tokens": tokens}
         if images is None or (step - 1) / total_steps < self.config.pixel_loss_start:
             return StepOutput(self.model(latents, ids, kept), scalars)
         with left_out_of_the_graph(self._left_alone()):
@@ -248,8 +257,11 @@ class LMD(Method):
         )
 
     def num_tokens_at(self, step: int, total_steps: int) -> int:
-        """Visible tokens, the class token not counted."""
-        return num_kept(self.model.shape.num_tokens, self.mask_ratio_at(step, total_steps))
+        """Visible tokens, the class token not counted; all tokens for a U-Net, which computes every position."""
+        num_tokens = self.model.shape.num_tokens
+        if self.config.network == "unet":
+            return num_tokens
+        return num_kept(num_tokens, self.mask_ratio_at(step, total_steps))
 
     # -- the yardstick --------------------------------------------------------------------------------------------
 
@@ -347,14 +359,14 @@ class LMD(Method):
     ) -> LMD:
         """LMD with the weights of the authors' pre-training checkpoint (its "model" entry).
 
-        Sizes are read off the tensors; `options` are those of `LMDConfig`, of which `encoder_heads` (default 12) and
-        `decoder_heads` (default 16) cannot be read off. The checkpoint holds no projector: give one, or the
+        Sizes are read off the tensors; `options` are those of `LMDConfig`, of which `encoder_heads` and
+        `decoder_heads` cannot be read off: left out, they are those of the published models of these widths, and
+        other widths raise WeightsError. The checkpoint holds no projector: give one, or the
         configuration of one. Without either the method takes latents of a factor 8, and encoding images raises
         WeightsError. `image_size` defaults to the latents' side times the projector's factor. Raises WeightsError
         naming keys that do not fit.
         """
-        heads = {name: options.get(name, LMDConfig.model_fields[name].default) for name in _HEADS}
-        shape = shape_of_checkpoint(state_dict, **heads)
+        shape = shape_of_checkpoint(state_dict, **{name: options.get(name) for name in _HEADS})
         named = projector if isinstance(projector, ProjectorConfig) else ProjectorConfig(kind="pixels")
         config = LMDConfig(projector=named, **{**sizes_of(shape), **options})
         if config.network != "vit":
@@ -410,6 +422,25 @@ def _initial_weights_are_there(config: LMDConfig) -> bool:
         return config.init_weights is not None and file_digest(config.init_weights) == config.init_weights_digest
     except WeightsError:
         return False
+
+
+def _check_trained_alike(config: LMDConfig, path: str) -> None:
+    """Raise WeightsError unless the run that left these weights learned the same: same latents, targets, positions."""
+    options, digest = run_behind(path)
+    now = weights_digest(config.projector)
+    if digest != now:
+        then = options.get("projector", {})
+        raise WeightsError(
+            f"init_weights: {path} was trained on latents of projector {then.get('path') or then.get('kind')} with "
+            f"digest {digest}; projector {config.projector.path or config.projector.kind} of this row has {now}: use "
+            "the same weights at the same scale and precision"
+        )
+    for name in ("normalize_targets", *(("decoder_pos_sign",) if config.network == "vit" else ())):
+        before, wanted = options.get(name), getattr(config, name)
+        if before != wanted:
+            raise WeightsError(
+                f"init_weights: {path} was trained with {name} {before}, this row has {wanted}: set {name} to {before}"
+            )
 
 
 def _load_initial_weights(network: MaskedModel, config: LMDConfig) -> bool:

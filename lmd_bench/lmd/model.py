@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -59,6 +60,22 @@ def file_digest(path: str) -> str:
         raise WeightsError(
             f"init_weights: {path} cannot be read ({error.strerror}); name the weights.safetensors of a finished run"
         ) from error
+
+
+def run_behind(path: str) -> tuple[Mapping[str, Any], str]:
+    """Options of the run that left a weight file, and its projector's digest.
+
+    Raises WeightsError for a file that does not say, which could have learned anything.
+    """
+    try:
+        with safe_open(Path(path).expanduser(), framework="pt") as file:
+            metadata = file.metadata() or {}
+        options = json.loads(metadata["config"])["options"]
+        return {**options}, metadata["projector_digest"]
+    except (KeyError, TypeError, ValueError):
+        raise WeightsError(
+            f"init_weights: {path} does not say what it was trained on; name the weights.safetensors of a finished run"
+        ) from None
 
 
 def check_initial_weights(network: MaskedModel, path: str) -> None:

@@ -11,21 +11,28 @@ from lmd_bench.errors import WeightsError
 from lmd_bench.nn.masked_autoencoder import MaskedAutoencoderShape
 
 _NAMED_IN_ERRORS = 6
+_ENCODER_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+"""Width -> attention heads: ViT-Ti and S (Touvron et al. 2021, table 1), ViT-B, L and H (Dosovitskiy et al. 2020,
+table 1)."""
+_DECODER_HEADS = {512: 16}
+"""MAE's decoder, which LMD's code kept."""
 
 
 def shape_of_checkpoint(
-    state_dict: Mapping[str, Tensor], *, encoder_heads: int, decoder_heads: int
+    state_dict: Mapping[str, Tensor], *, encoder_heads: int | None = None, decoder_heads: int | None = None
 ) -> MaskedAutoencoderShape:
-    """The sizes of a masked autoencoder from its weights. Head counts leave no trace there and are given.
+    """The sizes of a masked autoencoder from its weights.
 
-    Raises WeightsError where a tensor that tells a size is missing or is no such tensor.
+    Numbers of heads leave no trace there, and weights load and predict nonsense under a wrong one: None stands for
+    the published model of that width. Raises WeightsError where there is none, and where a tensor that tells a size
+    is missing or is no such tensor.
     """
     weight = _tensor(state_dict, "patch_embed.proj.weight", ndim=4)
     table = _tensor(state_dict, "pos_embed", ndim=3)
     grid = round((table.shape[1] - 1) ** 0.5)
     if 1 + grid**2 != table.shape[1]:
         raise WeightsError(f"pos_embed: {table.shape[1]} rows are not 1 + a square number of tokens")
-    width = weight.shape[0]
+    width, decoder_width = weight.shape[0], _tensor(state_dict, "mask_token", ndim=3).shape[-1]
     hidden = _tensor(state_dict, "blocks.0.mlp.fc1.weight", ndim=2).shape[0]
     return MaskedAutoencoderShape(
         input_size=grid * weight.shape[-1],
@@ -33,10 +40,10 @@ def shape_of_checkpoint(
         in_channels=weight.shape[1],
         encoder_width=width,
         encoder_depth=_depth(state_dict, "blocks"),
-        encoder_heads=encoder_heads,
-        decoder_width=_tensor(state_dict, "mask_token", ndim=3).shape[-1],
+        encoder_heads=_heads("encoder", width, encoder_heads, _ENCODER_HEADS),
+        decoder_width=decoder_width,
         decoder_depth=_depth(state_dict, "decoder_blocks"),
-        decoder_heads=decoder_heads,
+        decoder_heads=_heads("decoder", decoder_width, decoder_heads, _DECODER_HEADS),
         mlp_ratio=hidden / width,
     )
 
@@ -72,6 +79,19 @@ def _tensor(state_dict: Mapping[str, Tensor], key: str, *, ndim: int) -> Tensor:
             f"give the mapping of tensors itself, often found under the key 'model'"
         )
     return tensor
+
+
+def _heads(part: str, width: int, given: int | None, known: Mapping[int, int]) -> int:
+    heads = known.get(width) if given is None else given
+    if heads is None:
+        widths = ", ".join(f"{own} ({count})" for own, count in known.items())
+        raise WeightsError(
+            f"checkpoint: no published {part} has the width {width}, and weights do not tell its attention heads; "
+            f"known widths (heads): {widths}; give {part}_heads (--{part}-heads)"
+        )
+    if heads < 1 or width % heads:
+        raise WeightsError(f"checkpoint: {part}_heads: {heads} heads do not divide the {part}'s width {width}")
+    return heads
 
 
 def _depth(state_dict: Mapping[str, Tensor], name: str) -> int:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 LATENTS_FILE = "latents.npy"
 LABELS_FILE = "labels.npy"
 META_FILE = "meta.json"
-FORMAT = 1
+FORMAT = 2
 AUTO = "auto"
 """Value of `projector.cache` that asks for a cache of the harness's own making."""
 AUTO_FOLDER = "latents"
@@ -53,7 +53,8 @@ class CacheContents(_Values):
     data: str
     """`scenes`, or the folder's path, for people."""
     data_digest: str
-    """Of the names of a folder's images, or of what scenes are drawn from."""
+    """Of a folder's training images (`FolderIndex.content_digest`: names, sizes and contents, read in pieces), or of
+    what scenes are drawn from and the first few as they are drawn."""
     num_images: int
     image_size: int
     augmentation: dict[str, Any]
@@ -117,7 +118,7 @@ def cache_contents(
     image_size: int,
     index: FolderIndex | None,
 ) -> CacheContents:
-    """What a cache must hold for these settings. Hashes the projector's files; `index` is a folder's scan.
+    """What a cache must hold for these settings. Hashes the projector's files and images; `index` is a folder's scan.
 
     Raises ConfigError where there is nothing to cache, WeightsError as `check_projector` does.
     """
@@ -126,9 +127,13 @@ def cache_contents(
     info = check_projector(projector, image_size)
     if index is None:
         assert data.num_train is not None  # held by DataConfig
-        named, number, digest = "scenes", data.num_train, _digest(["scenes", data.seed, data.num_train, image_size])
+        from lmd_bench.data.source import scenes_digest  # brings torch, which this module does without
+
+        drawn = scenes_digest(data.seed, image_size)
+        named, number = "scenes", data.num_train
+        digest = _digest(["scenes", data.seed, data.num_train, image_size, drawn])
     else:
-        named, number, digest = str(index.root), index.num_train, index.digest
+        named, number, digest = str(index.root), index.num_train, index.content_digest
     return CacheContents(
         projector=info.name,
         projector_digest=weights_digest(projector),

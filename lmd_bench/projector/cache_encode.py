@@ -104,7 +104,11 @@ def make_cache(
 
 
 def require_free_name(folder: Path) -> None:
-    """Raise ConfigError where something lies at `folder` already, but for an empty folder."""
+    """Raise ConfigError where something lies at `folder` already, but for an empty folder, or it is no name."""
+    if folder.name in ("", ".."):
+        raise ConfigError(
+            f"latent cache {folder}: a folder is made and takes this name; give one that is not there yet"
+        )
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ConfigError(f"latent cache {folder}: there is something already; choose another folder or delete it")
 

@@ -174,6 +174,7 @@ class ImportReport:
     factor: int  # image pixels to one latent position, along each axis
     latent_channels: int
     num_parameters: int
+    scaling_factor: float  # 1 / standard deviation of the latents, as the checkpoint has it; 1 where it has none
     used: tuple[str, ...]  # keys of the checkpoint
     left_out: tuple[str, ...]
 
@@ -196,6 +197,8 @@ def import_checkpoint(path: Path, out: Path) -> ImportReport:
     Raises WeightsError for a file that is missing, unreadable or holds pickled objects, for keys that are missing or
     unknown, and for an `out` that is taken.
     """
+    if out.name in ("", ".."):
+        raise WeightsError(f"{out}: a folder is made and takes this name; give one that is not there yet")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise WeightsError(f"{out}: exists already; name a folder that does not, or is empty")
     state_dict = read_tensors(path)
@@ -213,6 +216,7 @@ def import_checkpoint(path: Path, out: Path) -> ImportReport:
         factor=2 ** (len(model.config["block_out_channels"]) - 1),
         latent_channels=weights["quant_conv.weight"].shape[0] // (1 if kind == "vq" else 2),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        scaling_factor=scaling_factor,
         used=tuple(key for key in state_dict if key in used),
         left_out=tuple(key for key in state_dict if key not in used),
     )

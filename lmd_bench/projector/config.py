@@ -120,9 +120,9 @@ def config_of_path(path: str, precision: str = "fp32") -> ProjectorConfig:
     for kind, class_name in CLASS_OF_KIND.items():
         if found == class_name:
             return ProjectorConfig.model_validate({"kind": kind, "path": path, "precision": precision})
-    raise WeightsError(
-        f"projector {folder}: config.json names a {found}; known are {', '.join(CLASS_OF_KIND.values())}"
-    )
+    known = ", ".join(CLASS_OF_KIND.values())
+    named = "has no _class_name" if found is None else f"is of the class {found}"
+    raise WeightsError(f"projector {folder}: config.json {named}; known classes are {known}")
 
 
 def check_projector(config: ProjectorConfig, image_size: int) -> ProjectorInfo:
@@ -164,10 +164,18 @@ def weights_bytes(config: ProjectorConfig) -> int:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors file, or the index of several and these. Raises WeightsError where one is missing."""
-    if (folder / WEIGHTS_FILE).is_file():
-        return [folder / WEIGHTS_FILE]
+    """The safetensors file, or the index of several and these.
+
+    Raises WeightsError where one is missing, and where both are there: diffusers would read the one, people mean
+    the other.
+    """
     index = folder / _SHARDED_INDEX
+    if (folder / WEIGHTS_FILE).is_file():
+        if index.is_file():
+            raise WeightsError(
+                f"projector {folder}: holds both {WEIGHTS_FILE} and {index.name}; remove the one that is not meant"
+            )
+        return [folder / WEIGHTS_FILE]
     if not index.is_file():
         raise WeightsError(
             f"projector {folder}: {WEIGHTS_FILE} is missing; only safetensors are loaded, so save the model again"
@@ -216,7 +224,8 @@ def _require_class(folder: Path, kind: str, found: object) -> None:
         return
     fitting = [other for other, class_name in CLASS_OF_KIND.items() if class_name == found]
     remedy = f"; use kind '{fitting[0]}'" if fitting else ""
-    raise WeightsError(f"projector {folder}: holds a {found}; kind '{kind}' needs an {CLASS_OF_KIND[kind]}{remedy}")
+    holds = "config.json has no _class_name" if found is None else f"the model's class is {found}"
+    raise WeightsError(f"projector {folder}: {holds}, kind '{kind}' needs {CLASS_OF_KIND[kind]}{remedy}")
 
 
 def _read_model_config(folder: Path, wanted: str) -> dict[str, Any]:

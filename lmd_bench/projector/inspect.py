@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lmd_bench.config import AugmentationConfig, DataConfig
-from lmd_bench.data.folders import scan_folder
+from lmd_bench.data.folders import FolderIndex, scan_folder
 from lmd_bench.data.source import open_source
 from lmd_bench.data.yardstick import yardstick_masks
 from lmd_bench.errors import ConfigError, DataError
@@ -20,11 +21,12 @@ from lmd_bench.metrics.image import PSNR_CAP_DB, ssim
 from lmd_bench.nn.masking import fill_with_visible_mean, pixel_mask, token_mask
 from lmd_bench.projector.base import LatentProjector
 from lmd_bench.projector.codebook import CodebookUse, codebook_use, count_codes
-from lmd_bench.projector.config import ProjectorConfig, check_projector, weights_bytes
+from lmd_bench.projector.config import ProjectorConfig, check_projector, projector_folder, weights_bytes
 from lmd_bench.projector.losses import quantise
 from lmd_bench.projector.open import open_projector
 from lmd_bench.projector.perceptual import PerceptualDistance, PerceptualNet, perceptual_obstacle
 from lmd_bench.projector.train_data import patch_pca_psnr
+from lmd_bench.projector.training_split import require_unseen
 
 COST_IMAGE_PX: Final = 224
 """Side of the image that encoder and decoder FLOPs are counted on."""
@@ -42,6 +44,7 @@ class InspectData:
     images: Tensor  # (N, 3, S, S) float32 in [0, 1], held out: no projector of ours is trained on them
     fitted: Tensor  # (M, 3, S, S) alike, other images, which the PCA is fitted on
     described: str
+    index: FolderIndex | None = None  # of a folder
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class Inspection:
     leak: float | str  # see `latent_leak`
     weights_bytes: int
     samples: Samples
+    lpips_net: str | None = None  # trunk of LPIPS, alex or vgg: their values are not comparable; None: not measured
 
 
 def open_inspect_data(
@@ -104,8 +108,9 @@ def open_inspect_data(
     """Held-out images, `num_images` or as many as there are, and others to fit the PCA on.
 
     folder: the user's images, central squares; None means generated scenes, held-out ones from index 2^40 on.
-    Raises DataError.
+    seed: which images of a folder are held out, which scenes are drawn (`data.seed` of runs). Raises DataError.
     """
+    index: FolderIndex | None = None
     plain = AugmentationConfig(crop="none", flip=False)
     if folder is None:
         config = DataConfig(image_size=image_size, num_train=_FITTED_IMAGES, num_held_out=num_images, seed=seed)
@@ -123,7 +128,14 @@ def open_inspect_data(
     images = source.held_out(num_images).float() / 255.0
     source.close()
     what = "scenes" if folder is None else f"images of {folder}"
-    return InspectData(images, fitted, f"{num_images} held-out {what} at {image_size} px")
+    return InspectData(images, fitted, f"{num_images} held-out {what} at {image_size} px", index)
+
+
+def require_held_out(configs: Sequence[ProjectorConfig], data: InspectData) -> None:
+    """Raise ConfigError where a projector may have been trained on images that it would be measured on."""
+    for config in configs if data.index is not None else ():
+        assert data.index is not None
+        require_unseen(projector_folder(config), data.index)
 
 
 def inspect_projector(config: ProjectorConfig, data: InspectData, *, num_samples: int = 4) -> Inspection:
@@ -159,6 +171,7 @@ def inspect_projector(config: ProjectorConfig, data: InspectData, *, num_samples
         leak=latent_leak(projector, data.images),
         weights_bytes=weights_bytes(config),
         samples=measured.samples,
+        lpips_net=measured.lpips_net,
     )
 
 
@@ -201,6 +214,7 @@ class _Measured:
     quantised: Quality | None
     codes: Codes | None
     samples: Samples
+    lpips_net: str | None
 
 
 def _pass_through(projector: LatentProjector, images: Tensor, num_samples: int) -> _Measured:
@@ -231,6 +245,7 @@ def _pass_through(projector: LatentProjector, images: Tensor, num_samples: int) 
             torch.cat(shown),
             torch.cat(shown_quantised) if shown_quantised else None,
         ),
+        distance.net,
     )
 
 
@@ -258,6 +273,10 @@ class _Perceptual:
             self.reason = "not measured: the weights of LPIPS' trunk are not on this machine"
         else:
             self.reason = f"not measured: images of {size} px are too small for LPIPS"
+
+    @property
+    def net(self) -> str | None:
+        return None if self._distance is None else self._distance.net
 
     def __call__(self, rebuilt: Tensor, images: Tensor) -> Tensor | None:
         return None if self._distance is None else self._distance(rebuilt * 2.0 - 1.0, images * 2.0 - 1.0)

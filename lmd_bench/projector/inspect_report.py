@@ -49,6 +49,7 @@ _COLUMNS: Final = (
     Column("PSNR", ("quantised_psnr_db",), "dB", "quantised"),
     Column("SSIM", ("quantised_ssim",), None, "quantised"),
     Column("LPIPS", ("quantised_lpips",), None, "quantised"),
+    Column("trunk of LPIPS", ("lpips_net",)),
     Column("PSNR of PCA", ("pca_psnr_db",), "dB"),
     Column("codebook used", ("codes_used_share", "num_codes", "num_positions")),
     Column("perplexity", ("perplexity",)),
@@ -68,7 +69,8 @@ def make_table(inspections: Sequence[Inspection], described: str) -> Table:
         (Section(None, tuple(_row(one) for one in inspections)),),
         notes=(
             f"Quality on {described}: PSNR of the mean squared error over all pixels, SSIM and LPIPS means over"
-            " images; LPIPS is lower for better.",
+            " images; LPIPS is lower for better, and that of one trunk (alex, vgg) says nothing beside that of the"
+            " other.",
             f"GFLOP (2 x MAC) for one image of {COST_IMAGE_PX} px, convolutions, matrix products and attention. The"
             " codebook counts neither as encoder nor as decoder.",
             "PSNR of PCA: patches as large as a latent position, not overlapping, reduced to as many numbers as it"
@@ -100,6 +102,7 @@ def _row(one: Inspection) -> tuple[Cell, ...]:
         _figure(one.decoder_gflop, "decoder_gflop"),
         *_quality(one.continuous, ""),
         *_quality(one.quantised, "quantised_"),
+        Cell((one.lpips_net,), parts={"lpips_net": one.lpips_net}) if one.lpips_net else missing("not measured"),
         _figure(one.pca_psnr_db, "pca_psnr_db", "{:.2f}"),
         *_codebook(one),
         Cell((_list(one.latent_mean),)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,9 +34,7 @@ def load_model(model_class: type[Model], folder: Path, dtype: torch.dtype = torc
             )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, ConfigError) as error:
         # OSError and RuntimeError cover what diffusers and torch raise for files that are damaged or of other shapes.
-        raise WeightsError(
-            f"projector {folder}: cannot be loaded ({_first_line(error)}); save the model again"
-        ) from error
+        raise WeightsError(f"projector {folder}: cannot be loaded ({_reason(error)}); save the model again") from error
     # diffusers only warns where weights are missing, and goes on with random ones.
     wrong = [*info["missing_keys"], *info["unexpected_keys"]]
     if wrong:
@@ -59,6 +58,17 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+_MISMATCH = re.compile(r"size mismatch for (\S+): .*?torch\.Size\(\[([\d, ]*)\]\).*?torch\.Size\(\[([\d, ]*)\]\)")
+"""torch's words for a tensor of another shape: its name, the file's shape, the model's."""
+_NAMED = 3
+
+
+def _reason(error: Exception) -> str:
+    """The first tensors that do not fit, with both shapes, or else the first line of what was raised."""
+    found = _MISMATCH.findall(str(error))
+    if not found:
+        lines = str(error).strip().splitlines()
+        return lines[0] if lines else type(error).__name__
+    named = ", ".join(f"{name} is ({has}), by config.json ({wanted})" for name, has, wanted in found[:_NAMED])
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return f"weights and config.json are of different sizes: {named}{more}"

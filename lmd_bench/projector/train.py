@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch.nn import functional
 
 from lmd_bench.errors import ConfigError, TrainingError
 from lmd_bench.projector.codebook import codebook_use, count_codes, revive_dead_codes
+from lmd_bench.projector.config import config_of_path, weights_digest
 from lmd_bench.projector.discriminator import PatchDiscriminator
 from lmd_bench.projector.losses import (
     PerceptualDistance,
@@ -22,16 +24,22 @@ from lmd_bench.projector.losses import (
     generator_loss,
     perceptual_obstacle,
 )
-from lmd_bench.projector.train_config import PLACE, LSPTrainOptions, changed_options, option_texts, resolve
+from lmd_bench.projector.train_config import (
+    PLACE,
+    LSPTrainOptions,
+    changed_options,
+    option_texts,
+    resolve,
+    unused_options,
+)
 from lmd_bench.projector.train_data import HELD_OUT_START, TrainData, patch_pca_psnr
+from lmd_bench.projector.train_folder import LOG_FILE, STATE_FILE, check_out, prepare, write_model
 from lmd_bench.projector.train_kinds import TRAINABLE, TrainableProjector, VQTrainable, quantises
-from lmd_bench.projector.train_report import HeldOut, TrainReport, log_line, measure, report_on, write_csv, write_folder
+from lmd_bench.projector.train_report import HeldOut, TrainReport, log_line, measure, report_on, write_csv
 from lmd_bench.seeding import derive_seed
 
 __all__ = ["HELD_OUT_START", "STATE_FILE", "LSPTrainOptions", "TrainReport", "patch_pca_psnr", "train_lsp"]
 
-STATE_FILE = "training-state.pt"
-LOG_FILE = "training.csv"
 _PARTS = ("loss", "reconstruction", "l1", "l2", "perceptual", "regulariser", "generator", "adaptive_weight", "disc")
 _SAMPLE_IMAGES = 4096
 
@@ -39,25 +47,35 @@ Row = dict[str, float | None]
 Log = Callable[[str], None]
 
 
-def train_lsp(out: Path, options: LSPTrainOptions, *, device: str = "cpu", log: Log = lambda line: None) -> TrainReport:
+def train_lsp(
+    out: Path,
+    options: LSPTrainOptions,
+    *,
+    device: str = "cpu",
+    force: bool = False,
+    log: Log = lambda line: None,
+) -> TrainReport:
     """Trains a projector and writes it to `out`, a diffusers folder with a README of how, and how well.
 
-    Beside it stands training.csv. While training runs, training-state.pt is written there every `save_every` steps;
-    with it in place, the same call goes on where it stopped. On one machine's CPU and number of threads the same
-    options give the same weights bit for bit, stopped in between or not. `log` takes lines of progress.
+    Beside it stand training.csv and training-data.json. While training runs, training-state.pt is written there every
+    `save_every` steps and at the last; with it in place, the same call goes on where it stopped. On one machine's CPU
+    and number of threads the same options give the same weights bit for bit, stopped in between or not. force: a
+    projector that lies in `out` is removed once all is checked. `log` takes lines of progress.
 
-    Raises ConfigError for a folder that cannot be written or whose state is of other options, WeightsError where LPIPS
-    is asked for and its weights are not there, DataError for images that cannot be used, TrainingError for a loss that
-    is not finite.
+    Raises ConfigError for a folder that cannot be written, holds other files or a projector already, or whose state is
+    of other options or other images; WeightsError where LPIPS is asked for and its weights are not there, or for an
+    `init_from` that does not fit; DataError for images that cannot be used; TrainingError for a loss or weights that
+    are not finite.
     """
+    check_out(out, options, force=force)
+    unused = unused_options(options)
     perceptual, why_not = _open_perceptual(options)
     options = resolve(options, perceptual=perceptual is not None)
-    make_folder(out)
     state = _read_state(out / STATE_FILE, options)
-    if options.init_from is not None:
-        TRAINABLE[options.kind].build(options).start_from(
-            options.init_from
-        )  # what does not fit is said before the wait
+    if options.init_from is not None:  # what does not fit is said before the wait
+        TRAINABLE[options.kind].build(options).start_from(options.init_from)
+    if unused:
+        log(f"without effect in this training: {', '.join(unused)}")
     if why_not:
         log(f"without LPIPS: {why_not}")
     log(_describe_data_ahead(options))
@@ -67,13 +85,15 @@ def train_lsp(out: Path, options: LSPTrainOptions, *, device: str = "cpu", log: 
     try:
         training = _Training(options, data, perceptual if options.perceptual_weight else None, torch.device(device))
         if state is not None:
+            _require_inputs(out / STATE_FILE, state["inputs"], training.inputs)
             training.load_state(state)
             log(f"going on after step {training.step}")
+        prepare(out, data.split, going_on=state is not None)
         _run(training, out, log)
         sample = data.sample(_SAMPLE_IMAGES)
         if options.normalise_latents:
             training.projector.normalise(sample)
-        write_folder(out, training.projector, options)
+        write_model(out, training.projector, half=options.half)
         reopened = TRAINABLE[options.kind].reopen(out)
         reopened.model.to(device=device, memory_format=torch.channels_last)
         report = report_on(out, reopened, sample, data, options, training.column("reconstruction"))
@@ -82,17 +102,6 @@ def train_lsp(out: Path, options: LSPTrainOptions, *, device: str = "cpu", log: 
         data.close()
     log(f"held-out {report.summary}, written to {out}")
     return report
-
-
-def make_folder(out: Path) -> None:
-    """Makes the folder to write to. Raises ConfigError where that fails."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        writable = os.access(out, os.W_OK)
-    except OSError as error:
-        raise ConfigError(f"{PLACE}: cannot write to {out} ({error.strerror}); choose another --out") from None
-    if not writable:
-        raise ConfigError(f"{PLACE}: cannot write to {out} (no permission); choose another --out")
 
 
 def _describe_data_ahead(options: LSPTrainOptions) -> str:
@@ -122,7 +131,7 @@ def _read_state(file: Path, options: LSPTrainOptions) -> dict[str, Any] | None:
         return None
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        before = state["options"]
+        before, _ = state["options"], state["inputs"]
     except Exception as error:  # pickle, zip and torch raise almost anything on damaged files
         raise ConfigError(f"{PLACE}: {file} cannot be read ({type(error).__name__}); remove it to start anew") from None
     now = option_texts(options)
@@ -136,6 +145,30 @@ def _read_state(file: Path, options: LSPTrainOptions) -> dict[str, Any] | None:
     return state
 
 
+def _inputs(options: LSPTrainOptions, data: TrainData, perceptual: PerceptualDistance | None) -> dict[str, str | None]:
+    """Digests of what lies outside the options: images, weights to start from, LPIPS."""
+    start = None if options.init_from is None else weights_digest(config_of_path(options.init_from))
+    trunk = None if perceptual is None else _digest_of(perceptual)
+    return {"data": data.split.digest, "init_from": start, "perceptual": trunk}
+
+
+def _digest_of(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _require_inputs(file: Path, before: dict[str, str | None], now: dict[str, str | None]) -> None:
+    changed = [name for name in now if before.get(name) != now[name]]
+    if changed:
+        told = ", ".join(f"{name} {before.get(name)} (now {now[name]})" for name in changed)
+        raise ConfigError(
+            f"{PLACE}: {file} is of a training on other contents of files: {told}; bring the earlier ones back to go"
+            " on, or remove it to start anew"
+        )
+
+
 def _run(training: _Training, out: Path, log: Log) -> None:
     """Takes all steps that are left."""
     options = training.options
@@ -146,11 +179,15 @@ def _run(training: _Training, out: Path, log: Log) -> None:
             done = training.step
             last = done == options.steps
             evaluated = last or done % options.eval_every == 0
-            if evaluated or done % options.log_every == 0:
+            logged = evaluated or done % options.log_every == 0
+            saved = last or done % options.save_every == 0
+            if logged or saved:
+                training.require_finite(out / STATE_FILE)
+            if logged:
                 training.add_row(training.measure() if evaluated else None)
                 write_csv(out / LOG_FILE, training.rows)
                 log(log_line(training.rows[-1], options.steps))
-            if done % options.save_every == 0 and not last:
+            if saved:
                 _write_state(out / STATE_FILE, training.state())
     finally:
         batches.close()
@@ -180,6 +217,7 @@ class _Training:
         if options.init_from is not None:
             self.projector.start_from(options.init_from)
         self.projector.model.to(device=device, memory_format=torch.channels_last).train()
+        self.inputs = _inputs(options, data, perceptual)
         self._optimizer = _autoencoder_optimizer(self.projector.model, options)
         self._perceptual = None if perceptual is None else perceptual.to(device)
         self._discriminator = _build_discriminator(options, device)
@@ -276,7 +314,9 @@ class _Training:
         counts = count_codes(indices, len(codebook))
         self._row_counts += counts
         self._revival_counts += counts
-        if (self.step + 1) % self.options.revive_every:
+        # Windows start with the codebook: one of an earlier start would call codes dead after fewer steps.
+        start = self.options.codebook_init_step if self.options.codebook_init == "data" else 0
+        if (self.step + 1 - start) % self.options.revive_every:
             return
         if self.options.revive_dead_codes:
             held = self._optimizer.state[codebook]
@@ -296,20 +336,32 @@ class _Training:
         """On held-out images, with the weights as they are now."""
         return measure(self.projector, self.data.held_out, quantising=quantises(self.options, self.step - 1))
 
-    def add_row(self, held_out: HeldOut | None) -> None:
-        """Means of all steps since the last row. Raises TrainingError where one of their losses is not finite."""
+    def require_finite(self, state_file: Path) -> None:
+        """Raise TrainingError where a loss since the last row, or a weight as it is now, is not finite.
+
+        state_file: the last state, which is named where it is there; other options cannot go on from it.
+        """
+        remedy = "use a smaller --lr" + (f" and remove {state_file}, to start anew" if state_file.exists() else "")
         self._parts = [torch.cat(self._parts)]
-        window = self._parts[0][self._row_start :].cpu()
-        wrong = (~window[:, _PARTS.index("loss")].isfinite()).nonzero()
+        loss = self._parts[0][self._row_start :, _PARTS.index("loss")].cpu()
+        wrong = (~loss.isfinite()).nonzero()
         if len(wrong):
             where = int(wrong[0])
             raise TrainingError(
-                f"{PLACE}: loss is {float(window[where, 0])} at step {self._row_start + where}; use a smaller --lr"
+                f"{PLACE}: loss is {float(loss[where])} at step {self._row_start + where + 1}; {remedy}"
             )
-        means = dict(zip(_PARTS, window.mean(0).tolist(), strict=True))
+        for model in (self.projector.model, self._discriminator):
+            if model is not None and not bool(torch.stack([p.isfinite().all() for p in model.parameters()]).all()):
+                what = "discriminator" if model is self._discriminator else "projector"
+                raise TrainingError(f"{PLACE}: a weight of the {what} is not finite after step {self.step}; {remedy}")
+
+    def add_row(self, held_out: HeldOut | None) -> None:
+        """Means of all steps since the last row; of parts that took no part in some, over the others."""
+        self._parts = [torch.cat(self._parts)]
+        means = _means(self._parts[0][self._row_start :].cpu())
         row: Row = {"step": self.step, "lr": _rate(self.step - 1, self.options), **means}
         # Images are in [-1, 1] here, so their squared error is 4 times that of images in [0, 1].
-        row["psnr_db"] = -10.0 * math.log10(max(means["l2"] / 4.0, 1e-12))
+        row["psnr_db"] = -10.0 * math.log10(max((means["l2"] or 0.0) / 4.0, 1e-12))
         use = codebook_use(self._row_counts) if len(self._row_counts) else None
         row["code_usage"] = None if use is None else use.usage
         row["code_perplexity"] = None if use is None else use.perplexity
@@ -328,6 +380,7 @@ class _Training:
         self._parts = [torch.cat(self._parts)]
         return {
             "options": option_texts(self.options),
+            "inputs": self.inputs,
             "step": self.step,
             "rows": self.rows,
             "row_start": self._row_start,
@@ -357,9 +410,15 @@ class _Training:
 
 
 def _stacked(parts: dict[str, Tensor]) -> Tensor:
-    """The parts of one step as a row (1, len(_PARTS)) that holds no graph; absent ones are 0."""
-    zero = parts["loss"].new_zeros(())
-    return torch.stack([parts.get(name, zero).detach().float() for name in _PARTS])[None]
+    """The parts of one step as a row (1, len(_PARTS)) that holds no graph; absent ones are NaN."""
+    absent = parts["loss"].new_full((), math.nan)
+    return torch.stack([parts.get(name, absent).detach().float() for name in _PARTS])[None]
+
+
+def _means(window: Tensor) -> Row:
+    """Means of (steps, len(_PARTS)) over the steps in which a part was there; None for one that never was."""
+    columns = {name: column[~column.isnan()] for name, column in zip(_PARTS, window.unbind(1), strict=True)}
+    return {name: float(column.mean()) if len(column) else None for name, column in columns.items()}
 
 
 def _rate(step: int, options: LSPTrainOptions) -> float:

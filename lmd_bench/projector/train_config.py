@@ -29,6 +29,18 @@ _VALUES = {
 }
 
 
+_CONVOLUTIONAL = ("block_out_channels", "layers_per_block", "norm_num_groups", "mid_attention")
+_LIGHT = ("factor", "transform", "wavelet", "encoder_kernel", "encoder_hidden", "decoder_widths", "decoder_blocks")
+_CODEBOOK = ("num_codes", "beta", "legacy_beta", "codebook_weight", "quantised_share", "codebook_init")
+_REVIVAL = ("codebook_init_step", "revive_dead_codes", "revive_every")
+_OF_KIND = {
+    "vq": (*_CONVOLUTIONAL, *_CODEBOOK, *_REVIVAL, "latent_noise"),
+    "kl": (*_CONVOLUTIONAL, "kl_weight"),
+    "light": (*(f"light_{name}" for name in _LIGHT), "latent_weight", "latent_noise"),
+}
+"""Options that have an effect with some kinds only."""
+
+
 def _option(default: Any, text: str) -> Any:
     """A field with the sentence that the command line shows for it."""
     return field(default=default, metadata={"help": text})
@@ -42,12 +54,13 @@ class LSPTrainOptions:
     """
 
     kind: str = _option("vq", "vq (VQGAN, diffusers VQModel), kl (AutoencoderKL) or light (our cheap encoder).")
-    seed: int = _option(0, "Seed of scenes, weights, batches, crops and posterior samples.")
+    seed: int = _option(0, "Seed of weights, batches, crops and posterior samples; neither scenes nor held-out images.")
+    data_seed: int = _option(0, "Which scenes are drawn, which images of a folder are held out: data.seed of runs.")
     steps: int = _option(9000, "Training steps.")
     batch_size: int = _option(16, "Images a step.")
     image_size: int = _option(64, "px; side of the square images.")
     crop_size: int = _option(32, "px; side of the random crops trained on, which cost less than whole images.")
-    data: str | None = _option(None, "Folder of images to train on; default: generated scenes.")
+    data: str | None = _option(None, "Folder of images to train on, or scenes. Default: scenes.")
     num_images: int = _option(8192, "Training scenes, drawn once and held in memory; a folder is used whole.")
     num_held_out: int = _option(256, "Images measured on, never trained on; of a folder a quarter at most.")
     init_from: str | None = _option(
@@ -156,6 +169,8 @@ def parse_options(values: Mapping[str, Any]) -> LSPTrainOptions:
     for entry in fields(LSPTrainOptions):
         if isinstance(entry.default, tuple):
             parsed[entry.name] = _numbers(entry.name, values[entry.name])
+    if parsed["data"] == "scenes":
+        parsed["data"] = None
     return LSPTrainOptions(**parsed)
 
 
@@ -212,6 +227,20 @@ def changed_options(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
     return [name for name in names if now.get(name) != before.get(name) or (name in now) != (name in before)]
 
 
+def unused_options(options: LSPTrainOptions) -> list[str]:
+    """Names of options that differ from their defaults without having an effect; of options not yet resolved."""
+    unused = {name for kind, names in _OF_KIND.items() if kind != options.kind for name in names}
+    unused -= set(_OF_KIND[options.kind])
+    names = {entry.name: entry for entry in fields(options)}
+    if options.kind == "vq" and options.codebook_init == "uniform":
+        unused.add("codebook_init_step")
+    if options.disc_weight == 0 or (options.disc_weight is None and options.kind != "vq"):
+        unused |= {name for name in names if name.startswith("disc_")} - {"disc_weight"}
+    if options.data is not None:
+        unused.add("num_images")
+    return [name for name, entry in names.items() if name in unused and getattr(options, name) != entry.default]
+
+
 def _refuse(text: str) -> ConfigError:
     return ConfigError(f"{PLACE}: {text}")
 
@@ -226,7 +255,7 @@ def _check_values(options: LSPTrainOptions) -> None:
 def _check_numbers(options: LSPTrainOptions) -> None:
     at_least = {
         1: ("steps", "num_held_out", "batch_size", "latent_channels", "norm_num_groups", "revive_every", "disc_layers"),
-        0: ("seed", "layers_per_block", "codebook_init_step", "lr_warmup_steps"),
+        0: ("seed", "data_seed", "layers_per_block", "codebook_init_step", "lr_warmup_steps"),
     }
     at_least[1] += ("disc_channels", "log_every", "eval_every", "save_every")
     for least, names in at_least.items():
@@ -299,6 +328,11 @@ def _check_images(options: LSPTrainOptions) -> None:
 def _check_adversary(options: LSPTrainOptions) -> None:
     if options.disc_weight == 0 or (options.disc_weight is None and options.kind != "vq"):
         return
+    if options.disc_start is not None and options.disc_start >= options.steps:
+        raise _refuse(
+            f"disc_start {options.disc_start} leaves no step to the discriminator; give one below steps"
+            f" {options.steps}, or disc_weight 0"
+        )
     least = 3 * 2**options.disc_layers  # the two last convolutions take away one position each
     if options.crop_size < least:
         raise _refuse(

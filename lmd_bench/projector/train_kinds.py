@@ -24,6 +24,9 @@ from lmd_bench.seeding import derive_seed
 
 _FIRST_LOGVAR = -6.0
 _IMAGES_AT_ONCE = 64
+_CONSTANT = 1e-6
+_NO_ARCHITECTURE = ("sample_size", "scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
+"""Values of config.json that no weight depends on."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,23 @@ class TrainableProjector(ABC):
             raise WeightsError(
                 f"init_from {path}: is of kind {config.kind!r}, which cannot be gone on from as this one"
             )
-        state = load_model(source.model_class, folder_of(path, "autoencoder"), torch.float32).state_dict()
+        trained = load_model(source.model_class, folder_of(path, "autoencoder"), torch.float32)
+        self._require_same_network(path, dict(trained.config))
+        state = trained.state_dict()
         try:
             load_exactly(self.model, state if source is type(self) else self._converted(state))
         except WeightsError as error:
             raise WeightsError(f"init_from {path}: {error}; give the options it was trained with") from None
+
+    def _require_same_network(self, path: str, there: Mapping[str, Any]) -> None:
+        """Much of a network leaves no trace in the shapes of its weights (norm groups, the wavelet)."""
+        own = dict(self.model.config)
+        names = [name for name in own if name in there and not name.startswith("_") and name not in _NO_ARCHITECTURE]
+        told = [f"{n} {_plain(there[n])} (now {_plain(own[n])})" for n in names if _plain(there[n]) != _plain(own[n])]
+        if told:
+            raise WeightsError(
+                f"init_from {path}: is another network: {', '.join(told)}; give the options it was trained with"
+            )
 
     def _converted(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights of a kind in `also_from` as this kind's."""
@@ -131,7 +146,7 @@ class TrainableProjector(ABC):
         The shift and the scale go into the two 1 x 1 convolutions, so that reconstructions stay what they are.
         """
         latents = self.encode_all(images)
-        self._rescale(latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
+        self._rescale(latents.mean((0, 2, 3)), _usable(latents.std((0, 2, 3))))
 
     @torch.no_grad()
     def _rescale(self, mean: Tensor, std: Tensor) -> None:
@@ -141,6 +156,16 @@ class TrainableProjector(ABC):
         inner.weight *= std.view(1, -1, 1, 1)
         outer.weight[:channels] /= std.view(-1, 1, 1, 1)
         outer.bias[:channels] = (outer.bias[:channels] - mean) / std
+
+
+def _usable(std: Tensor) -> Tensor:
+    """Standard deviations to divide by: 1 in place of those of channels that are constant."""
+    return torch.where(std > _CONSTANT, std, torch.ones_like(std))
+
+
+def _plain(value: Any) -> Any:
+    """A value of config.json, which knows no tuples."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _pixels(images: Tensor) -> Tensor:
@@ -272,7 +297,7 @@ class VQTrainable(TrainableProjector):
         latents = self.encode_all(images)
         mean = latents.mean((0, 2, 3))
         std = latents.var((0, 2, 3)).mean().sqrt().expand_as(mean)
-        self._rescale(mean, std)
+        self._rescale(mean, _usable(std))
 
     @torch.no_grad()
     def _rescale(self, mean: Tensor, std: Tensor) -> None:

@@ -5,22 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from lmd_bench.projector.codebook import CodebookUse, codebook_use, count_codes
 from lmd_bench.projector.config import WEIGHTS_FILE
 from lmd_bench.projector.train_config import LSPTrainOptions
 from lmd_bench.projector.train_data import TrainData, patch_pca_psnr
+from lmd_bench.projector.train_folder import README_FILE, write_text
 from lmd_bench.projector.train_kinds import TrainableProjector, VQTrainable
+from lmd_bench.projector.training_split import SPLIT_FILE
 
-_CONFIG_FILE = "config.json"
 _PCA_IMAGES = 2048
 
 
@@ -93,18 +91,6 @@ def _psnr_db(images: Tensor, wanted: Tensor) -> float:
     return -10.0 * math.log10(max(float((images - wanted).square().mean()), 1e-12))
 
 
-def write_folder(out: Path, projector: TrainableProjector, options: LSPTrainOptions) -> None:
-    """Writes the model to `out` as diffusers does; a file is either the whole new one or what was there before."""
-    model = projector.model.to(memory_format=torch.contiguous_format)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".unfinished-") as name:
-        folder = Path(name)
-        (model.half() if options.half else model).save_pretrained(folder, safe_serialization=True)
-        # config.json, by which a folder is known for a model, comes last.
-        for file in sorted(folder.iterdir(), key=lambda file: file.name == _CONFIG_FILE):
-            file.chmod(0o644)  # safetensors writes for the owner alone, which an installed package must not
-            os.replace(file, out / file.name)
-
-
 def report_on(
     out: Path,
     projector: TrainableProjector,
@@ -128,14 +114,8 @@ def report_on(
         num_parameters=sum(parameter.numel() for parameter in projector.model.parameters()),
         weights_bytes=(out / WEIGHTS_FILE).stat().st_size,
     )
-    _write_text(out / "README.md", _readme(out, projector, data, options, report))
+    write_text(out / README_FILE, _readme(out, projector, data, options, report))
     return report
-
-
-def _write_text(file: Path, text: str) -> None:
-    unfinished = file.with_name(file.name + ".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, file)
 
 
 def write_csv(file: Path, rows: Sequence[Mapping[str, float | None]]) -> None:
@@ -146,7 +126,7 @@ def write_csv(file: Path, rows: Sequence[Mapping[str, float | None]]) -> None:
     writer.writeheader()
     for row in rows:
         writer.writerow({name: _cell(value) for name, value in row.items()})
-    _write_text(file, text.getvalue())
+    write_text(file, text.getvalue())
 
 
 def _cell(value: float | None) -> str:
@@ -179,7 +159,7 @@ def _readme(
         "vq": "the encoder's output before quantisation",
         "light": "the encoder's output",
     }[options.kind]
-    return f"""# {out.name}
+    return f"""# {out.resolve().name}
 
 A `{type(projector.model).__name__}` trained on {data.described}:
 factor {options.factor}, {options.latent_channels} latent channels, {report.num_parameters:,} parameters,
@@ -192,8 +172,23 @@ factor {options.factor}, {options.latent_channels} latent channels, {report.num_
 {rows}
 
 Images are scaled to [-1, 1], latents are {mode} and are used as they are
-(`scale: 1.0`). training.csv holds the course of the training. Weights are under the license of lmd-bench.
+(`scale: 1.0`). training.csv holds the course of the training, {SPLIT_FILE} what was trained on.
+{_closing(data)}
 """
+
+
+def _closing(data: TrainData) -> str:
+    """Of a folder: who may be measured with it. Our own scenes: the license; of others' images we know none."""
+    split = data.split
+    if split.data == "scenes":
+        return "Weights are under the license of lmd-bench."
+    if split.layout == "train and val":
+        return "None of the images under val/ was trained on."
+    return (
+        f"Never trained on: the first {split.num_held_out} images in the order of data seed {split.data_seed}."
+        f" Runs and `lsp inspect` measure\non none but these with that seed (`data.seed`) and at most"
+        f" {split.num_held_out} held-out images."
+    )
 
 
 def _figures(options: LSPTrainOptions, report: TrainReport) -> list[tuple[str, str]]:

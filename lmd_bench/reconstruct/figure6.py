@@ -23,6 +23,7 @@ from lmd_bench.reconstruct.pictures import Picture
 from lmd_bench.seeding import derive_seed
 
 FIGURE6 = "figure6"
+FIGURE6_FILES = (f"{FIGURE6}.png", f"{FIGURE6}.csv")
 FIGURE6_IMAGES = 5
 FIGURE6_PROGRESS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -43,11 +44,8 @@ def draw_figure6(checkpoint: Checkpoint, pictures: Sequence[Picture], seed: int,
     At most five pictures, one a row. Within a row masks are nested: what is hidden once stays hidden. Writes
     figure6.png and figure6.csv to `out` and returns their paths. Raises ConfigError for methods without a schedule.
     """
-    token_px = checkpoint.token_px
-    total = checkpoint.config.steps if checkpoint.config is not None else 1000
-    if token_px is None or checkpoint.method.mask_ratio_at(1, total) is None:
-        raise ConfigError(f"--figure6: {type(checkpoint.method).__name__} has no tokens that a schedule masks")
-    num_tokens = (checkpoint.image_size // token_px) ** 2
+    total = _total_steps(checkpoint)
+    num_tokens = (checkpoint.image_size // require_schedule(checkpoint)) ** 2
     stages = [_stage(checkpoint.method, progress, total, num_tokens) for progress in FIGURE6_PROGRESS]
     digest = file_sha256(checkpoint.path)
     drawn, table = [], []
@@ -59,10 +57,23 @@ def draw_figure6(checkpoint: Checkpoint, pictures: Sequence[Picture], seed: int,
             for stage, psnr in zip(stages, psnrs, strict=True)
         ]
     with all_or_nothing(out) as folder:
-        _save_grid(drawn, stages, num_tokens, folder / f"{FIGURE6}.png")
+        picture_file, table_file = FIGURE6_FILES
+        _save_grid(drawn, stages, num_tokens, folder / picture_file)
         columns = ("image", "progress", "mask_ratio", "visible_tokens", "tokens", "psnr_hidden_db", "weights_sha256")
-        write_csv(folder / f"{FIGURE6}.csv", columns, table)
-    return [out / f"{FIGURE6}.png", out / f"{FIGURE6}.csv"]
+        write_csv(folder / table_file, columns, table)
+    return [out / name for name in FIGURE6_FILES]
+
+
+def require_schedule(checkpoint: Checkpoint) -> int:
+    """Side of a token, px. Raises ConfigError for methods without tokens that a schedule masks."""
+    token_px = checkpoint.token_px
+    if token_px is None or checkpoint.method.mask_ratio_at(1, _total_steps(checkpoint)) is None:
+        raise ConfigError(f"--figure6: {type(checkpoint.method).__name__} has no tokens that a schedule masks")
+    return token_px
+
+
+def _total_steps(checkpoint: Checkpoint) -> int:
+    return checkpoint.config.steps if checkpoint.config is not None else 1000
 
 
 def _stage(method: Method, progress: float, total: int, num_tokens: int) -> _Stage:

@@ -7,18 +7,19 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from lmd_bench.data.yardstick import hide, paste
 from lmd_bench.errors import ConfigError
+from lmd_bench.harness.evaluate import counted
 from lmd_bench.harness.seeding import reseed
 from lmd_bench.method import Method
 from lmd_bench.metrics.image import psnr_hidden, ssim
 from lmd_bench.nn.masking import pixel_mask
 from lmd_bench.reconstruct.checkpoint import Checkpoint
+from lmd_bench.reconstruct.figure6 import FIGURE6_FILES, draw_figure6, require_schedule
 from lmd_bench.reconstruct.masks import hidden_tokens, mask_from_image, random_mask
-from lmd_bench.reconstruct.output import GREY, all_or_nothing, side_by_side, to_bytes, write_csv
+from lmd_bench.reconstruct.output import GREY, all_or_nothing, save_png, side_by_side, write_csv
 from lmd_bench.reconstruct.pictures import Picture
 from lmd_bench.seeding import derive_seed
 
@@ -29,13 +30,17 @@ TABLE_FILE = "reconstructions.csv"
 class Request:
     """What is asked for."""
 
-    mask_ratio: float = 0.75
-    """Share of the units hidden at random; not looked at where there is a `mask_image`."""
+    mask_ratio: float | None = None
+    """Share of the units hidden at random, None as many as the run's yardstick hides; not looked at where there is a
+    `mask_image`."""
     mask_image: Path | None = None
     levels: int | None = None
     """Predictions on the way; 0 stands for every level of the method's schedule, None for the method's own default."""
-    order: str = "random"
+    order: str | None = None
+    """What is unveiled first, where there are several levels; None for the method's own default."""
     seed: int = 0
+    figure6: bool = False
+    """Draw masks along the schedule too (`lmd_bench.reconstruct.figure6`)."""
 
 
 @dataclass(frozen=True)
@@ -71,33 +76,52 @@ def reconstruct(checkpoint: Checkpoint, pictures: Sequence[Picture], request: Re
     """Fill every picture's hidden part; write original | masked | reconstructed beside each other, and a table.
 
     Pictures are taken one by one, each under a seed made of its file's name, so that a result does not depend on the
-    others. Files appear in `out` all together at the end. Raises BenchError where masks do not fit, before anything
-    is reconstructed.
+    others. Files appear in `out` all together at the end. Raises BenchError where masks or levels do not fit, or a
+    file to be written is one of those that are read, before anything is reconstructed.
     """
     _require_levels(checkpoint.method, request)
+    if request.figure6:
+        require_schedule(checkpoint)
     masks = [_mask_for(checkpoint, picture, request) for picture in pictures]
     for picture, mask in zip(pictures, masks, strict=True):
         hidden_tokens(checkpoint, mask, picture.name)
     names = _file_names(pictures)
+    _spare_what_is_read(pictures, request, [*names, TABLE_FILE, *(FIGURE6_FILES if request.figure6 else ())], out)
     with all_or_nothing(out) as folder:
         rows = [
             _one(checkpoint, picture, mask, request, folder / name)
             for picture, mask, name in zip(pictures, masks, names, strict=True)
         ]
         _write_table(folder / TABLE_FILE, rows)
+        if request.figure6:
+            draw_figure6(checkpoint, pictures, request.seed, folder)
     return rows
 
 
 def _require_levels(method: Method, request: Request) -> None:
-    if request.levels is None:
+    orders = method.progressive_orders
+    if not orders:
+        for option, value in (("--levels", request.levels), ("--order", request.order)):
+            if value is not None:
+                raise ConfigError(f"{option}: {type(method).__name__} reconstructs in one way only; leave it out")
+    if request.levels is not None and request.levels < 0:
+        raise ConfigError(f"--levels {request.levels}: levels are 1 or more, or all")
+    if request.order is None:
         return
-    if not method.progressive_orders:
-        raise ConfigError(f"--levels: {type(method).__name__} reconstructs in one way only; leave it out")
-    if request.levels < 0 or request.order not in method.progressive_orders:
+    if request.order not in orders:
+        raise ConfigError(f"--order {request.order}: orders are {', '.join(orders)}")
+    if request.levels in (None, 1):
         raise ConfigError(
-            f"--levels {request.levels} --order {request.order}: levels are 1 or more, or all; "
-            f"orders are {', '.join(method.progressive_orders)}"
+            f"--order {request.order}: an order is for several predictions; give --levels of 2 or more, or all, with it"
         )
+
+
+def _spare_what_is_read(pictures: Sequence[Picture], request: Request, names: Sequence[str], out: Path) -> None:
+    """Raise ConfigError where a file to be written is one of the pictures or the mask."""
+    read = [file for file in (*(picture.file for picture in pictures), request.mask_image) if file is not None]
+    for target in (out / name for name in names):
+        if target.exists() and any(target.samefile(file) for file in read):
+            raise ConfigError(f"--out {out}: {target.name} would overwrite a file that is read; choose another folder")
 
 
 def _image_seed(request: Request, picture: Picture) -> int:
@@ -119,16 +143,16 @@ def _one(checkpoint: Checkpoint, picture: Picture, mask: Tensor, request: Reques
     reseed(device, seed, "reconstruct")
     shown = hide(image, hidden)
     if request.levels is None:
-        filled, passes = method.reconstruct(shown, hidden), method.num_function_evaluations
+        filled, passes = counted(method, lambda: method.reconstruct(shown, hidden))
     else:
         filled, passes = method.reconstruct_progressively(
-            shown, hidden, levels=request.levels or None, order=request.order, seeds=[seed]
+            shown, hidden, levels=request.levels or None, order=_order(method, request), seeds=[seed]
         )
     composite = paste(filled, image, hidden)
     tokens = hidden_tokens(checkpoint, mask, picture.name)
     pixels = pixel_mask(mask, checkpoint.image_size)
     panels = (image.cpu(), _as_the_model_sees(image.cpu(), pixels, tokens), composite.cpu())
-    _save_png(side_by_side(panels), file)
+    save_png(side_by_side(panels), file)
     return Row(
         image=picture.name,
         picture=file.name,
@@ -144,6 +168,11 @@ def _one(checkpoint: Checkpoint, picture: Picture, mask: Tensor, request: Reques
     )
 
 
+def _order(method: Method, request: Request) -> str:
+    default: str = getattr(getattr(method, "config", None), "unveil_order", method.progressive_orders[0])
+    return default if request.order is None else request.order
+
+
 def _as_the_model_sees(image: Tensor, hidden_pixels: Tensor, tokens: Tensor | None) -> Tensor:
     """Hidden pixels in grey; visible ones inside a hidden token, which the network is not shown, half faded."""
     seen = image
@@ -154,21 +183,17 @@ def _as_the_model_sees(image: Tensor, hidden_pixels: Tensor, tokens: Tensor | No
     return seen.masked_fill(hidden_pixels, GREY)
 
 
-def _save_png(image: Tensor, file: Path) -> None:
-    Image.fromarray(to_bytes(image)).save(file)
-
-
 def _file_names(pictures: Sequence[Picture]) -> list[str]:
-    """One PNG name for each picture; the same stem again gets a number."""
-    names: list[str] = []
+    """One PNG name for each picture; the same stem again, even in other capitals, gets a number."""
+    names: dict[str, str] = {}
     for picture in pictures:
-        stem, number = Path(picture.name).stem, 1
+        stem, number = f"{Path(picture.name).stem}-reconstructed", 1
         name = f"{stem}.png"
-        while name in names:
+        while name.casefold() in names:
             number += 1
             name = f"{stem}-{number}.png"
-        names.append(name)
-    return names
+        names[name.casefold()] = name
+    return list(names.values())
 
 
 def _write_table(file: Path, rows: Sequence[Row]) -> None:

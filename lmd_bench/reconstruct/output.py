@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from lmd_bench.errors import ConfigError
@@ -26,6 +27,17 @@ def side_by_side(panels: Sequence[Tensor]) -> Tensor:
     gap = torch.ones(3, panels[0].shape[2], _GAP_PX)
     parts = [part for panel in panels for part in (gap, panel[0])][1:]
     return torch.cat(parts, dim=2)
+
+
+def stacked(rows: Sequence[Tensor]) -> Tensor:
+    """(3, H, W) of rows (3, S, W) one below the other with white between them."""
+    gap = torch.ones(3, _GAP_PX, rows[0].shape[2])
+    return torch.cat([part for row in rows for part in (gap, row)][1:], dim=1)
+
+
+def save_png(image: Tensor, file: Path) -> None:
+    """Write (3, H, W) in [0, 1]."""
+    Image.fromarray(to_bytes(image)).save(file)
 
 
 def to_bytes(image: Tensor) -> NDArray[np.uint8]:

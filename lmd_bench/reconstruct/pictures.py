@@ -12,9 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from lmd_bench.data.decode import EXTENSIONS, ImageFileError, center_square, load_rgb
+from lmd_bench.data.folders import FolderIndex, scan_folder
 from lmd_bench.data.source import open_source
 from lmd_bench.errors import ConfigError, DataError
 from lmd_bench.reconstruct.checkpoint import Checkpoint
+from lmd_bench.records import read_run
 
 _ONE_CHANNEL = frozenset(("1", "L", "LA", "La", "I", "F"))
 
@@ -28,6 +30,8 @@ class Picture:
     """(3, S, S) uint8."""
     original_size: tuple[int, int]
     """Width and height of the file, px."""
+    file: Path | None = None
+    """Where it was read from; None for held-out images of a run."""
 
 
 def read_pictures(paths: Sequence[Path], image_size: int) -> list[Picture]:
@@ -54,7 +58,7 @@ def _picture(file: Path, image_size: int) -> Picture:
     _require_colour(file)
     image = load_rgb(file)
     square = center_square(image, image_size, Image.Resampling.BICUBIC)
-    return Picture(file.name, torch.from_numpy(np.array(square)).permute(2, 0, 1), image.size)
+    return Picture(file.name, torch.from_numpy(np.array(square)).permute(2, 0, 1), image.size, file)
 
 
 def _require_colour(file: Path) -> None:
@@ -70,10 +74,17 @@ def _require_colour(file: Path) -> None:
 
 
 def held_out_pictures(checkpoint: Checkpoint, count: int) -> list[Picture]:
-    """The first held-out images of the data that the method was trained on, none of which it has seen."""
+    """The first held-out images of the data that the method was trained on, none of which it has seen.
+
+    Raises BenchError for a folder that no longer holds the images of the run: others would then be held out.
+    """
     if checkpoint.config is None:
         raise ConfigError("give at least one image or folder: an authors' checkpoint has no held-out images of its own")
     config = checkpoint.config
+    index = None
+    if config.data.name == "folder" and config.data.path is not None:
+        index = scan_folder(config.data.path, config.data)
+        _require_images_of_the_run(checkpoint, index)
     source = open_source(
         config.data.model_copy(
             update={"num_train": config.recipe.batch_size if config.data.name == "scenes" else None}
@@ -81,8 +92,24 @@ def held_out_pictures(checkpoint: Checkpoint, count: int) -> list[Picture]:
         config.image_size,
         config.recipe.augmentation,
         torch.device("cpu"),
+        index=index,
     )
     images = source.held_out(min(count, config.evaluation.num_images))
     source.close()
     size = (config.image_size, config.image_size)
     return [Picture(f"held-out-{number}.png", image.cpu(), size) for number, image in enumerate(images)]
+
+
+def _require_images_of_the_run(checkpoint: Checkpoint, index: FolderIndex) -> None:
+    record = checkpoint.path.parent / "record.json"
+    if not record.is_file():
+        raise ConfigError(
+            f"{checkpoint.path}: no record.json beside it says which images of {index.root} the run held out; give at "
+            "least one image or folder"
+        )
+    digest = read_run(record).data.get("digest")
+    if digest != index.digest:
+        raise DataError(
+            f"{index.root}: holds other images (digest {index.digest}) than when the run was trained (digest {digest} "
+            f"in {record}), so held-out ones may be among those it saw; give at least one image or folder"
+        )

@@ -14,6 +14,7 @@ from lmd_bench.metrics.intervals import Figure, Missing, ratio
 from lmd_bench.records import CACHED_LATENTS
 from lmd_bench.report.cells import Table, number, percent, span, to_csv, to_markdown
 from lmd_bench.report.details import details_table, estimators_table
+from lmd_bench.report.factors import factors_table
 from lmd_bench.report.inference import inference_table, terminal_inference
 from lmd_bench.report.load import Results, load_results
 from lmd_bench.report.origin import Origin, origin
@@ -89,6 +90,8 @@ def make_tables(suite: Suite, results: Results, rows: dict[str, RowResult]) -> l
     tables: list[Table] = [published_table(name, suite, rows) for name in suite.tables]
     if suite.evaluation.num_checks > 0 or any(yardsticks(found) for found in rows.values()):
         tables.append(quality_table(suite, rows))
+    if any(row.base for row in suite.methods.values()):
+        tables.append(factors_table(suite, rows, results.profiles))
     tables += [estimators_table(suite, rows), details_table(suite, rows)]
     for profile in results.profiles:
         tables.append(step_cost_table(profile.record, suite.estimator.confidence, f"step-cost{profile.tag}"))

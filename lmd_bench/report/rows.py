@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmd_bench.config import RowConfig, Suite
+from lmd_bench.lmd.mask_schedule import mask_levels
 from lmd_bench.metrics.efficiency import RunEfficiency
 from lmd_bench.metrics.intervals import Figure, Interval, Missing, over_seeds
 from lmd_bench.records import Phases
@@ -111,9 +112,14 @@ class RowResult:
 
     @property
     def mask_levels(self) -> int | None:
-        """Steps of one token between the longest and shortest encoder input of a run, e.g. 29 for 41 to 12."""
+        """Steps of one token between the most and the fewest visible tokens of a run, e.g. 29 for 41 to 12.
+
+        A network that computes hidden tokens too has a constant length: its levels follow from its mask ratios.
+        """
         for run in self.finished:
-            tokens = _finite(run.steps.get("tokens", ()))
+            tokens, ratios = (_finite(run.steps.get(name, ())) for name in ("tokens", "mask_ratio"))
+            if tokens and ratios and min(tokens) == max(tokens) and min(ratios) < max(ratios):
+                return len(mask_levels(round(tokens[0]), min(ratios), max(ratios))) - 1
             if tokens:
                 return round(max(tokens) - min(tokens))
         return None

@@ -85,15 +85,11 @@ def phase_ms(part: ProfileRound, phase: str) -> float:
 
 def step_cost_table(record: ProfileRecord, confidence: float, stem: str = "step-cost") -> Table:
     """Every profiled row with its phases, costs and paired ratios to the reference row and to the calibrator."""
-    rows = {
-        name: RowRounds(name, about, sorted((r for r in record.rounds if r.row == name and r.period_ms), key=_number))
-        for name, about in record.rows.items()
-    }
-    measured = {name: row for name, row in rows.items() if row.rounds}
-    builder = _StepCost(record, measured, confidence)
+    rows = record.rows
+    builder = _StepCost(record, measured_rows(record), confidence)
     names = [name for name in rows if name != CALIBRATOR] + [CALIBRATOR] * (CALIBRATOR in rows)
     lost = {name: reason for name, reason in record.not_measured.items() if name not in rows}
-    body = [builder.row(name, rows[name].about.label) for name in names]
+    body = [builder.row(name, rows[name].label) for name in names]
     body += [builder.row(name, name, reason) for name, reason in lost.items()]
     return Table(
         stem,
@@ -103,6 +99,34 @@ def step_cost_table(record: ProfileRecord, confidence: float, stem: str = "step-
         (Section(None, tuple(body)),),
         tuple(builder.notes()),
     )
+
+
+def measured_rows(record: ProfileRecord) -> dict[str, RowRounds]:
+    """The rows of a speed run that have at least one round."""
+    found = {
+        name: RowRounds(name, about, sorted((r for r in record.rounds if r.row == name and r.period_ms), key=_number))
+        for name, about in record.rows.items()
+    }
+    return {name: row for name, row in found.items() if row.rounds}
+
+
+def paired_cell(values: dict[int, float], base: dict[int, float], key: str, name: str, confidence: float) -> Cell:
+    """Ratio of two rows over the rounds that both have, compared one by one; `name` is the other row."""
+    shared = sorted(values.keys() & base.keys())
+    if not shared:
+        return missing(f"not measured: no round has both rows ({name})")
+    against = ratio_of_rounds([values[i] for i in shared], [base[i] for i in shared], confidence)
+    if isinstance(against, Missing):
+        plain_ratio = statistics.median(values[i] / base[i] for i in shared)
+        parts: dict[str, Number | str] = dict.fromkeys(ratio_parts(key), against.reason)
+        return Cell((number(plain_ratio), against.reason), "value", parts | {f"{key}_ratio": plain_ratio})
+    lines, parts = ratio_lines(against, name, key)
+    return Cell((number(against.value), *lines[1:]), "value", parts)  # a heading or a column names the other row
+
+
+def ratio_parts(key: str) -> tuple[str, ...]:
+    """CSV columns of a ratio: value, interval and verdict."""
+    return (f"{key}_ratio", f"{key}_ratio_low", f"{key}_ratio_high", f"{key}_verdict")
 
 
 def _number(part: ProfileRound) -> int:
@@ -127,16 +151,16 @@ class _StepCost:
             *(Column(phase, (f"{phase}_ms",), "ms", "Phases") for phase in PHASES),
             Column("Projector, stall", ("projector_share", "stall_share"), "shares of the step"),
             Column("Step without projector", ("bare_ms", "bare_ms_low", "bare_ms_high"), "ms"),
-            Column("whole step", _ratio_parts("reference"), None, to_reference),
-            Column("without projector", _ratio_parts("reference_bare"), None, to_reference),
-            Column("whole step", _ratio_parts("calibrator"), None, "Ratio to the calibrator"),
-            Column("without projector", _ratio_parts("calibrator_bare"), None, "Ratio to the calibrator"),
+            Column("whole step", ratio_parts("reference"), None, to_reference),
+            Column("without projector", ratio_parts("reference_bare"), None, to_reference),
+            Column("whole step", ratio_parts("calibrator"), None, "Ratio to the calibrator"),
+            Column("without projector", ratio_parts("calibrator_bare"), None, "Ratio to the calibrator"),
             Column("Parameters", ("parameters_m",), "M"),
             Column("Operations", ("gflop_per_step",), "GFLOP per step"),
             Column("Achieved", ("gflop_per_s",), "GFLOP/s"),
             Column("Peak memory", ("peak_memory_mib",), "MiB"),
             Column("Instrument", ("instrument_share",), "share of the step"),
-            Column("Marks on / off", _ratio_parts("marks"), "ratio"),
+            Column("Marks on / off", ratio_parts("marks"), "ratio"),
         ]
 
     def row(self, name: str, label: str, reason: str | None = None) -> tuple[Cell, ...]:
@@ -203,22 +227,8 @@ class _StepCost:
                     cells.append(Cell((key,), "label"))
                 else:
                     name = f"{key}_bare" if bare else key
-                    cells.append(self._paired(row.times(bare), other.times(bare), name, other.name))
+                    cells.append(paired_cell(row.times(bare), other.times(bare), name, other.name, self.confidence))
         return cells
-
-    def _paired(self, values: dict[int, float], base: dict[int, float], key: str, name: str) -> Cell:
-        """Rounds that both rows have, compared one by one."""
-        shared = sorted(values.keys() & base.keys())
-        if not shared:
-            return missing(f"not measured: no round has both rows ({name})")
-        against = ratio_of_rounds([values[i] for i in shared], [base[i] for i in shared], self.confidence)
-        if isinstance(against, Missing):
-            plain_ratio = statistics.median(values[i] / base[i] for i in shared)
-            parts: dict[str, Number | str] = dict.fromkeys(_ratio_parts(key), against.reason)
-            lines = [number(plain_ratio), against.reason]
-            return Cell(tuple(lines), "value", parts | {f"{key}_ratio": plain_ratio})
-        lines, parts = ratio_lines(against, name, key)
-        return Cell((number(against.value), *lines[1:]), "value", parts)  # the heading names the other row
 
     def _costs(self, row: RowRounds) -> list[Cell]:
         about, step_ms = row.about, row.step_ms
@@ -282,10 +292,6 @@ class _StepCost:
             f"Instrument: {number(self.record.instrument_us_per_step)} us per step in isolation, {percent(share)} of "
             f"the smallest step ({smallest.about.label}): {verdict} the limit of {percent(LARGEST_INSTRUMENT_SHARE)}."
         )
-
-
-def _ratio_parts(key: str) -> tuple[str, ...]:
-    return (f"{key}_ratio", f"{key}_ratio_low", f"{key}_ratio_high", f"{key}_verdict")
 
 
 def _fine(against: Ratio) -> str:

@@ -48,6 +48,12 @@ def test_a_patch_that_does_not_cut_the_images_is_refused() -> None:
         MAE.check(MAEConfig(), DataSpec(100))
 
 
+def test_a_mask_ratio_that_leaves_no_patch_is_refused() -> None:
+    MAE.check(MAEConfig(patch_size=8, mask_ratio=0.98), DataSpec(64))
+    with pytest.raises(ConfigError, match=r"^mask_ratio: a mask ratio of 0.99 leaves none of 64 tokens visible"):
+        MAE.check(MAEConfig(patch_size=8, mask_ratio=0.99), DataSpec(64))
+
+
 def test_normalised_targets_cannot_take_the_yardstick() -> None:
     config = MAEConfig(patch_size=8, normalize_targets=True, **TINY)
     assert MAE.yardstick_obstacle(config) == "normalised targets"

@@ -183,3 +183,25 @@ def test_without_a_compiler_it_is_refused_with_what_to_choose_instead(monkeypatc
     with pytest.raises(ConfigError, match=r"on cuda: the package triton is not installed.*choose foreach"):
         check_optimizer(COMPILED, "cuda:0")
     check_optimizer(OptimizerConfig(), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("there", "named", "words"),
+    [
+        ((), None, "and there is none"),
+        (("gcc",), "icx", "there is no icx, which the variable CC names"),
+        (("gcc",), None, None),
+        (("clang",), None, None),
+        (("icx",), "icx", None),
+    ],
+)
+def test_on_a_gpu_triton_needs_a_c_compiler_too(
+    there: tuple[str, ...], named: str | None, words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("shutil.which", lambda name: name if name in there else None)
+    monkeypatch.delenv("CC", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CC", named)
+    obstacle = compile_obstacle("cuda")
+    assert obstacle is None if words is None else words in (obstacle or "")

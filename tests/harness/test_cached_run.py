@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from lmd_bench.cli import main
-from lmd_bench.config import Suite
+from lmd_bench.config import DataConfig, Suite
+from lmd_bench.data.folders import scan_folder
 from lmd_bench.errors import ConfigError
 from lmd_bench.harness.environment import environment
 from lmd_bench.harness.execute import DataShelf, execute
@@ -23,8 +25,10 @@ from lmd_bench.harness.profile import SCHEDULE_STEPS, SpeedOptions, time_row
 from lmd_bench.projector.cache import read_meta
 from lmd_bench.projector.config import ProjectorConfig
 from lmd_bench.projector.open import open_projector
+from lmd_bench.projector.training_split import SPLIT_FILE, split_of_folder
 from lmd_bench.records import RunRecord, cell_folder, read_steps
 from lmd_bench.report.build import build_report
+from lmd_bench.report.cells import number
 from lmd_bench.suite_files import parse_suite, save_suite
 from tests.projector.test_projector import tiny_autoencoder
 
@@ -222,10 +226,12 @@ def test_tables_show_cached_latents_and_what_they_cost_before(finished: Finished
     save_suite(folder, finished.suite)
     report = build_report(folder, finished.suite, command="test")
     page = report.page.read_text()
-    seconds = finished.records["cached"].data["latent_cache"]["seconds"]
     assert page.count("cached latents") >= 3
-    assert "encoded before: " in page
-    assert seconds > 0
+    for row in CACHED:
+        facts = finished.records[row].data["latent_cache"]
+        assert facts["seconds"] > 0
+        shown = f"encoded before: {number(facts['seconds'])} s, {number(facts['num_bytes'] / 2**20)} MiB"
+        assert shown in page, shown
 
 
 # -- the plan ---------------------------------------------------------------------------------------------------------
@@ -309,4 +315,27 @@ def test_lsp_encode_makes_the_cache_that_a_row_names(
     code, _, errors = command(*encode[:-4], "--image-size", 30, "--out", tmp_path / "none")
     assert code == 2
     assert "not divisible by its factor 4" in errors
+    code, _, errors = command(*encode[:-4], "--image-size", 0, "--out", tmp_path / "none")
+    assert code == 2
+    assert "image_size" in errors
+    code, _, errors = command(*encode[:-2], "--num-images", 0, "--out", tmp_path / "none")
+    assert code == 2
+    assert "num_train" in errors
     assert not (tmp_path / "none").exists()
+
+
+def test_a_plan_says_where_a_projector_may_have_seen_held_out_images(weights: Path, tmp_path: Path) -> None:
+    shutil.copytree(weights, tmp_path / "tiny-f4")
+    (tmp_path / "images").mkdir()
+    for index in range(64):
+        Image.new("RGB", (32, 32), (index, 0, 0)).save(tmp_path / "images" / f"{index}.png")
+    values = suite_values(tmp_path / "tiny-f4")
+    values["data"] = {"name": "folder", "path": str(tmp_path / "images"), "image_size": 32, "num_held_out": 8}
+    for name in ("cached", "cached-twice", "still-cached"):
+        del values["methods"][name]
+    for seed, told in ((0, 0), (1, 2)):
+        data = DataConfig(name="folder", path=str(tmp_path / "images"), num_held_out=8, seed=seed)
+        split = split_of_folder(scan_folder(tmp_path / "images", data), seed)
+        (tmp_path / "tiny-f4" / SPLIT_FILE).write_text(split.model_dump_json())
+        notes = planned(values, tmp_path / "out").notes
+        assert sum("may have been trained on" in note and "tiny-f4" in note for note in notes) == told

@@ -120,6 +120,53 @@ def test_methods_of_one_prediction_have_nothing_to_unveil() -> None:
     assert summary.nearest_unit_psnr_db < 100
 
 
+class Noticing(Leaky):
+    """Keeps whether it was in training mode when it was asked for anything."""
+
+    def __init__(self, config: TinyConfig, data: DataSpec) -> None:
+        super().__init__(config, data)
+        self.modes: list[bool] = []
+
+    def round_trip(self, images: Tensor) -> Tensor:
+        self.modes.append(self.training)
+        return images
+
+    def reconstruct_leaking(self, images: Tensor, mask: Tensor) -> Tensor:
+        self.modes.append(self.training)
+        return images
+
+
+def test_a_summary_asks_a_method_for_nothing_while_it_is_in_training_mode() -> None:
+    method = Noticing(TinyConfig(), DataSpec(64)).train()
+    yardstick = runner()
+    yardstick.check(method, 0, 0.0)
+    yardstick.summary(method)
+    assert len(method.modes) == 2 * 3
+    assert not any(method.modes), "running statistics of a norm would move"
+    assert method.training
+
+
+class Counting(Stepwise):
+    """Takes one pass for each hidden unit, whatever it says of a nominal mask."""
+
+    def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
+        return torch.stack([super(Counting, self).reconstruct(images, mask) for _ in range(int(mask[0].sum()))])[0]
+
+
+def test_function_evaluations_are_those_of_the_yardsticks_masks() -> None:
+    method = Counting(TinyConfig(), DataSpec(64))
+    assert method.num_function_evaluations == 1
+    assert runner().summary(method).function_evaluations == 12, "of 16 units"
+    assert runner().summary(Tiny(TinyConfig(), DataSpec(64))).function_evaluations == 1
+
+
+def test_a_failed_check_leaves_the_method_in_training_mode() -> None:
+    method = Broken(TinyConfig(), DataSpec(64)).train()
+    with pytest.raises(TrainingError):
+        runner().check(method, 0, 0.0)
+    assert method.training
+
+
 def test_a_check_leaves_the_method_in_training_mode_and_repeats_exactly() -> None:
     method = Tiny(TinyConfig(), DataSpec(64)).train()
     yardstick = runner()

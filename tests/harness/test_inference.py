@@ -21,12 +21,13 @@ from lmd_bench.harness.inference import (
     measure_inference,
     most_common,
     time_row,
+    unmeasured,
 )
 from lmd_bench.harness.plan import make_plan
 from lmd_bench.harness.profile import calibrator_config
 from lmd_bench.lmd.method import LMD, LMDConfig
 from lmd_bench.method import DataSpec, Method
-from lmd_bench.records import InferenceRecord, InferenceRound, InferenceRow, read_inference, write_json
+from lmd_bench.records import InferenceRecord, InferenceRound, InferenceRow, NotMeasured, read_inference, write_json
 from lmd_bench.registry import load_method
 from lmd_bench.suite_files import load_suite
 
@@ -131,6 +132,57 @@ def test_normalised_targets_are_the_reason_why_a_row_cannot_reconstruct() -> Non
     assert {miss.reason for miss in turn.not_measured if miss.task != "sample"} == {"normalised targets"}
 
 
+def test_a_row_that_trains_on_cached_latents_reconstructs_images_like_any_other() -> None:
+    options = small_lmd().model_dump(mode="json")
+    options |= {"projector": {"kind": "kl", "path": "shipped:scenes-kl-f8", "cache": "auto"}, "patch_size": 1}
+    config, _ = config_of("tiny")
+    evaluation = config.evaluation.model_copy(update={"unit_px": 8})
+    changes = {"method": "lmd", "options": options, "image_size": 32, "evaluation": evaluation}
+    turn = time_row(config.model_copy(update=changes), 2, OPTIONS, {}, 0, set())
+    assert turn.not_measured == []
+    assert {part.task for part in turn.rounds} >= {"reconstruct", "sample"}
+    assert all(part.encode_ms for part in turn.rounds)
+
+
+def a_round(row: str, batch_size: int) -> InferenceRound:
+    return InferenceRound(
+        round=0, row=row, task="reconstruct", batch_size=batch_size, calls_ms=[1.0], encode_ms=None, decode_ms=None,
+        function_evaluations=1, peak_memory_bytes=None,
+    )  # fmt: skip
+
+
+def test_rows_without_any_figure_are_named_with_their_reasons_and_missing_tasks_are_not() -> None:
+    misses = [("mae", "sample", 1, "MAE does not generate images"), ("mae", None, 3, "out of memory")]
+    record = InferenceRecord(
+        suite="demo", command="c", started_at="now", environment={}, reference=None, precision="fp32",
+        batch_sizes=[1, 3], unit_px=16, keep=0.25, peak_memory_kind="resident set of the process", rows={},
+        rounds=[a_round("mae", 1), a_round("ddpm", 1), a_round("ddpm", 3)],
+        not_measured=[NotMeasured(row=r, task=t, batch_size=b, reason=why) for r, t, b, why in misses],
+    )  # fmt: skip
+    assert unmeasured(record, ["mae", "ddpm"]) == ["mae, batch 3: not measured: out of memory"]
+
+
+def test_the_command_ends_with_1_where_a_row_was_not_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lmd_bench.cli import main
+
+    def answer(work: Any, config: RunConfig, batch_size: int, *_: Any) -> Any:
+        if config.row == "ddpm":
+            return Failed("out of memory")
+        about = InferenceRow(label=config.label, method="mae", parameters=1, image_size=64)
+        return Turn(about, [a_round(config.row, batch_size)], [])
+
+    monkeypatch.setattr(inference, "in_fresh_process", answer)
+    words = ["--methods", "mae,ddpm", "--batch", "2", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["lmd-bench", "inference", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "ddpm, batch 2: not measured: out of memory\n"
+    assert (tmp_path / "demo" / "report" / "inference.md").is_file()
+
+
 def small_lmd() -> LMDConfig:
     sizes = {"encoder_width": 16, "encoder_depth": 2, "encoder_heads": 2}
     decoder = {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
@@ -192,10 +244,7 @@ def test_rounds_are_interleaved_saved_as_they_come_and_failures_not_repeated(
         started.append((number, config.row, batch_size))
         if (config.row, batch_size) == ("mae", 3):
             return Failed("out of memory")
-        part = InferenceRound(
-            round=number, row=config.row, task="reconstruct", batch_size=batch_size, calls_ms=[1.0], encode_ms=None,
-            decode_ms=None, function_evaluations=1, peak_memory_bytes=None,
-        )  # fmt: skip
+        part = a_round(config.row, batch_size).model_copy(update={"round": number})
         return Turn(InferenceRow(label=config.label, method="m", parameters=1, image_size=64), [part], [])
 
     monkeypatch.setattr(inference, "in_fresh_process", answer)

@@ -202,6 +202,17 @@ def test_untimed_steps_are_spread_over_the_schedule_and_cover_every_length_when_
     assert lengths == {method.num_tokens_at(step, 100) for step in range(1, 101)}
 
 
+def test_a_network_of_constant_length_warms_up_on_the_ends_of_its_schedule_alone_when_compiling() -> None:
+    class Constant(Tiny):
+        def num_tokens_at(self, step: int, total_steps: int) -> int:
+            return 10
+
+    options = TrainOptions(
+        recipe=recipe(), steps=100, lr_warmup_steps=0, untimed_steps=3, seed=0, device=CPU, compile=True
+    )
+    assert untimed_schedule(Constant(TinyConfig(), DataSpec(16)), options) == [1, 50, 100, 1, 51, 100]
+
+
 def test_seeds_differ_by_purpose_and_step_and_reseeding_repeats() -> None:
     seeds = {derive_seed(purpose, seed, step) for seed in (0, 1) for purpose in ("a", "b") for step in range(50)}
     assert len(seeds) == 200
@@ -233,6 +244,20 @@ def test_a_compiled_run_learns_the_same_and_compiles_every_shape_before_the_cloc
     assert compiled.compiled_graphs == count_compiled_graphs()
     assert compiled.compile_s is not None
     assert compiled.compile_s > 100 * max(step.period_ms for step in compiled.times) / 1e3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_an_optimizers_own_kernels_do_not_pass_for_a_compiled_method() -> None:
+    from lmd_bench.harness.loop import count_compiled_graphs
+
+    class Uncompilable(Tiny):
+        def compiled_modules(self) -> list[torch.nn.Module]:
+            return []
+
+    adan = {"name": "adan", "betas": (0.98, 0.92, 0.99), "implementation": "compiled"}
+    with pytest.raises(TrainingError, match=r"torch\.compile compiled nothing of this method"):
+        train(Uncompilable(TinyConfig(), DataSpec(16)), recipe=recipe(optimizer=adan), compile=True)
+    assert count_compiled_graphs() == 1  # the optimizer's, made once
 
 
 @pytest.mark.gpu

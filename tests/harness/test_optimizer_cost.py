@@ -95,9 +95,18 @@ def test_the_command_writes_record_and_table_and_ends_with_1_where_one_is_missin
         main()
     assert ended.value.code == 1
     assert "AdamW fused: not measured: no such kernel" in capsys.readouterr().err
-    record = OptimizerCostRecord.model_validate_json((tmp_path / "optimizer-cost.json").read_text())
+    first = tmp_path / "optimizer-cost-latent-vit-b4-fp32-cpu.json"
+    record = OptimizerCostRecord.model_validate_json(first.read_text())
     assert len(record.rounds) == 15
-    assert "| Adan compiled<br>3 rounds | 2.00" in (tmp_path / "optimizer-cost.md").read_text()
+    assert "| Adan compiled<br>3 rounds | 2.00" in first.with_suffix(".md").read_text()
+    before = first.read_bytes()
+    with pytest.raises(SystemExit):
+        main()
+    assert first.read_bytes() == before, "an earlier measurement is kept"
+    again = "optimizer-cost-latent-vit-b4-fp32-cpu-2"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{name}.{ending}" for name in (first.stem, again) for ending in ("json", "md")
+    }
 
 
 def test_an_unknown_model_is_refused_before_anything_is_written(

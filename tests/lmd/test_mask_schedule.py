@@ -241,10 +241,12 @@ def test_a_function_that_cannot_be_had_is_refused(tmp_path: Path, target: str, w
 
 
 def test_a_ratio_that_leaves_no_token_is_refused() -> None:
-    check_leaves_tokens(49, 0.75)
-    check_leaves_tokens(16, 0.9)
-    with pytest.raises(ConfigError, match=r"mask ratio of 0.95 leaves none of 16 tokens visible; stay below 0.9375"):
-        check_leaves_tokens(16, 0.95)
+    check_leaves_tokens(49, 0.75, "mask_ratio")
+    check_leaves_tokens(16, 0.9, "mask_ratio")
+    with pytest.raises(
+        ConfigError, match=r"^mask_ratio: a mask ratio of 0.95 leaves none of 16 tokens visible; stay below 0.9375"
+    ):
+        check_leaves_tokens(16, 0.95, "mask_ratio")
 
 
 def test_the_range_of_a_named_schedule_is_from_start_to_end_but_constant_has_one_ratio() -> None:

@@ -1,5 +1,6 @@
 """LMD as a method."""
 
+import dataclasses
 from pathlib import Path
 
 import psutil
@@ -11,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lmd_bench.config import LearningRateConfig, RecipeConfig
 from lmd_bench.errors import ConfigError, DataError, WeightsError
-from lmd_bench.harness.loop import Trainer, TrainOptions, TrainResult
+from lmd_bench.harness.loop import Trainer, TrainOptions, TrainResult, untimed_schedule
 from lmd_bench.harness.noise import NoiseSource
 from lmd_bench.harness.timer import clock_for
 from lmd_bench.lmd.method import LMD, LMDConfig
@@ -31,6 +32,11 @@ TINY = {
     "decoder_depth": 2,
     "decoder_heads": 2,
 }
+
+
+SMALL_UNET = UNetConfig(
+    block_out_channels=(8, 8), attention_levels=(), attention_head_dim=8, layers_per_block=1, norm_num_groups=4
+)
 
 
 class MeanProjector(LatentProjector):
@@ -254,9 +260,9 @@ def test_the_curve_of_a_function_enters_the_options_of_the_run(tmp_path: Path) -
 def test_a_schedule_that_leaves_no_token_is_refused_before_anything_is_built() -> None:
     points = LMDConfig(projector=PIXELS, patch_size=16, mask_schedule=[[0, 0.1], [1, 0.95]])
     LMD.check(points, DataSpec(128))
-    with pytest.raises(ConfigError, match=r"a mask ratio of 0.95 leaves none of 16 tokens visible"):
+    with pytest.raises(ConfigError, match=r"^mask_schedule: a mask ratio of 0.95 leaves none of 16 tokens visible"):
         LMD.check(points, DataSpec(64))
-    with pytest.raises(ConfigError, match=r"a mask ratio of 0.8 leaves none of 4 tokens visible"):
+    with pytest.raises(ConfigError, match=r"^mask_ratio_end: a mask ratio of 0.8 leaves none of 4 tokens visible"):
         LMD.check(LMDConfig(projector=PIXELS, patch_size=16, mask_ratio_end=0.8), DataSpec(32))
 
 
@@ -301,29 +307,44 @@ def test_the_other_networks_and_losses_make_few_graphs_too(options: dict[str, ob
     """Graphs are counted where they are made, before code is generated from them, which takes a minute for a U-Net."""
     import torch._dynamo
 
-    unet = UNetConfig(
-        block_out_channels=(8, 8), attention_levels=(), attention_head_dim=8, layers_per_block=1, norm_num_groups=4
-    )
-    method = LMD(LMDConfig(projector=PIXELS, patch_size=4, unet=unet, **TINY, **options), DataSpec(28)).train()
+    method = LMD(LMDConfig(projector=PIXELS, patch_size=4, unet=SMALL_UNET, **TINY, **options), DataSpec(28)).train()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     method.model.forward = torch.compile(method.model.forward, backend="eager")
     inputs = method.prepare(Batch(torch.rand(2, 3, 28, 28)))
-    for step in range(1, 61):
-        method.training_step(inputs, step=step, total_steps=60).loss.backward()
-    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    counts = []
+    for steps in (untimed_schedule(method, compiled_options(untimed_steps=3)), range(1, 61)):
+        for step in steps:
+            method.training_step(inputs, step=step, total_steps=60).loss.backward()
+        counts.append(int(torch._dynamo.utils.counters["stats"]["unique_graphs"]))
+    assert 1 <= counts[0] <= 4
+    assert counts[1] == counts[0], "no shape is new once the untimed steps are over"
 
 
-def train_on_noise(method: LMD, compiled: bool) -> TrainResult:
-    options = TrainOptions(
+def test_a_unet_has_no_lengths_to_warm_up_for() -> None:
+    unet = LMD(LMDConfig(projector=PIXELS, patch_size=4, network="unet", unet=SMALL_UNET), DataSpec(28))
+    vit = LMD(LMDConfig(projector=PIXELS, patch_size=4, **TINY), DataSpec(28))
+    options = compiled_options(untimed_steps=3)
+    assert len(untimed_schedule(unet, options)) == 6
+    assert len(untimed_schedule(vit, options)) >= 30
+    ratios = [[method.mask_ratio_at(step, 60) for step in range(1, 61)] for method in (unet, vit)]
+    assert ratios[0] == ratios[1], "figure 5 shows the schedule of both"
+
+
+def compiled_options(*, untimed_steps: int) -> TrainOptions:
+    return TrainOptions(
         recipe=RecipeConfig(batch_size=2, lr=LearningRateConfig(base=1e-4, per_images=None)),
         steps=60,
         lr_warmup_steps=0,
-        untimed_steps=1,
+        untimed_steps=untimed_steps,
         seed=0,
         device=torch.device("cpu"),
-        compile=compiled,
+        compile=True,
     )
+
+
+def train_on_noise(method: LMD, compiled: bool) -> TrainResult:
+    options = dataclasses.replace(compiled_options(untimed_steps=1), compile=compiled)
     trainer = Trainer(method, NoiseSource(method, options.device), options, clock_for(options.device))
     return trainer.run(lambda _: None, lambda *_: None, lambda *_: None)
 

@@ -1,6 +1,9 @@
 """Fine-tuning LMD on pixels through its frozen projector."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -10,11 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from lmd_bench.errors import WeightsError
+from lmd_bench.harness.weights import save_weights
 from lmd_bench.lmd.method import LMD, LMDConfig
 from lmd_bench.lmd.pixel_loss import left_out_of_the_graph, pixel_loss
 from lmd_bench.method import Batch, DataSpec, StepOutput
 from lmd_bench.nn.patches import patchify, unpatchify
 from lmd_bench.projector.base import LatentProjector
+from lmd_bench.projector.config import weights_digest
+from tests.harness.test_weights import config_for
 
 SIDE = 32
 TINY = {
@@ -193,11 +199,16 @@ def test_options_that_cannot_go_with_a_pixel_loss_are_refused(options: dict[str,
 PIXEL_OPTIONS = {"projector": {"kind": "pixels"}, "patch_size": 8, **TINY}
 
 
-def weights_file(path: Path, **changes: Tensor) -> Path:
+def weights_file(path: Path, options: Mapping[str, object] = MappingProxyType({}), **changes: Tensor) -> Path:
     """What a finished run of pixel-space LMD leaves: its weights without the tables that are not trained."""
     torch.manual_seed(7)
-    method = LMD(LMDConfig(**PIXEL_OPTIONS), DataSpec(SIDE))
-    save_file({n: p.detach() for n, p in method.named_parameters() if p.requires_grad} | changes, path)
+    config = LMDConfig(**{**PIXEL_OPTIONS, **options})
+    method = LMD(config, DataSpec(SIDE))
+    metadata = {
+        "config": json.dumps({"options": config.model_dump(mode="json")}),
+        "projector_digest": weights_digest(config.projector),
+    }
+    save_file({n: p.detach() for n, p in method.named_parameters() if p.requires_grad} | changes, path, metadata)
     return path
 
 
@@ -235,6 +246,44 @@ def test_initial_weights_of_another_model_are_refused_before_anything_is_built(t
         LMD.check(config, DataSpec(SIDE))
     path.write_bytes(b"not tensors")
     with pytest.raises(WeightsError, match="is not a readable safetensors file"):
+        LMD.check(LMDConfig(**PIXEL_OPTIONS, init_weights=str(path)), DataSpec(SIDE))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"normalize_targets": True},
+            "was trained with normalize_targets True, this row has False: set normalize_targ",
+        ),
+        ({"decoder_pos_sign": 1}, "was trained with decoder_pos_sign 1, this row has -1: set decoder_pos_sign to 1"),
+        (
+            {"projector": {"kind": "pixels", "scale": 0.5}},
+            "trained on latents of projector pixels with digest .{16}; p",
+        ),
+    ],
+)
+def test_weights_that_have_learned_something_else_are_refused_though_they_fit(
+    options: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    path = weights_file(tmp_path / "weights.safetensors", options)
+    with pytest.raises(WeightsError, match=words):
+        LMD.check(LMDConfig(**PIXEL_OPTIONS, init_weights=str(path)), DataSpec(SIDE))
+    LMD.check(LMDConfig(**{**PIXEL_OPTIONS, **options}, init_weights=str(path)), DataSpec(SIDE))
+
+
+def test_a_cells_own_weights_file_says_what_it_was_trained_on(tmp_path: Path) -> None:
+    method = LMD(LMDConfig(**PIXEL_OPTIONS), DataSpec(SIDE))
+    config = config_for("lmd", method.config.model_dump(mode="json"))
+    save_weights(method, tmp_path / "weights.safetensors", config)
+    LMD.check(LMDConfig(**PIXEL_OPTIONS, init_weights=str(tmp_path / "weights.safetensors")), DataSpec(SIDE))
+
+
+def test_weights_that_do_not_say_what_they_were_trained_on_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    method = LMD(LMDConfig(**PIXEL_OPTIONS), DataSpec(SIDE))
+    save_file({name: value.detach() for name, value in method.state_dict().items()}, path)
+    with pytest.raises(WeightsError, match=r"does not say what it was trained on; name the weights\.safetensors of a"):
         LMD.check(LMDConfig(**PIXEL_OPTIONS, init_weights=str(path)), DataSpec(SIDE))
 
 

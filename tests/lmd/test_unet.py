@@ -95,8 +95,8 @@ def test_schedule_tokens_and_steps_are_those_of_the_vit() -> None:
     assert isinstance(method.model, MaskedUNet)
     inputs = method.prepare(Batch(torch.rand(2, 3, 32, 32)))
     output = method.training_step(inputs, step=60, total_steps=60)
-    assert output.scalars == {"mask_ratio": 0.75, "tokens": 16.0}
-    assert method.num_tokens_at(1, 60) == 54
+    assert output.scalars == {"mask_ratio": 0.75, "tokens": 64.0}
+    assert method.num_tokens_at(1, 60) == 64
 
 
 def test_a_map_that_cannot_be_halved_often_enough_is_refused() -> None:

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from helpers.photos import make_photo_folder
+from PIL import Image
 from torch import Tensor
 
 from lmd_bench.config import AugmentationConfig, DataConfig
 from lmd_bench.data.augment import epoch_order
 from lmd_bench.data.folders import scan_folder
+from lmd_bench.data.scenes import Scenes
 from lmd_bench.data.source import BatchSource, open_source
 from lmd_bench.errors import BenchError, ConfigError, DataError, WeightsError
 from lmd_bench.harness.encode import EncodeOptions, encode_data
@@ -248,8 +250,8 @@ def test_values_without_effect_make_no_difference(weights: Path) -> None:
     [
         (lambda folder: (folder / "meta.json").unlink(), "meta.json is missing"),
         (lambda folder: (folder / "meta.json").write_text("{"), "damaged"),
-        (lambda folder: (folder / "meta.json").write_text('{"format": 9}'), "of format 9, this version reads 1"),
-        (lambda folder: (folder / "meta.json").write_text('{"format": 1}'), "contents: Field required"),
+        (lambda folder: (folder / "meta.json").write_text('{"format": 9}'), "of format 9, this version reads 2"),
+        (lambda folder: (folder / "meta.json").write_text('{"format": 2}'), "contents: Field required"),
         (lambda folder: _truncate(folder / "latents.npy"), "latents.npy: cannot be read"),
         (lambda folder: (folder / "latents.npy").unlink(), "latents.npy: cannot be read"),
         (lambda folder: (folder / "labels.npy").unlink(), "labels.npy: cannot be read"),
@@ -293,6 +295,82 @@ def test_a_folder_that_is_taken_is_left_alone(weights: Path, cache: Path) -> Non
     with pytest.raises(ConfigError, match="there is something already"):
         encode(weights, cache)
     assert read_meta(cache) == before
+
+
+def grey_folder(path: Path, first: int) -> DataConfig:
+    """Eight uncompressed images under the same names and of the same sizes, whatever their grey."""
+    path.mkdir()
+    for number in range(8):
+        Image.new("RGB", (72, 72), (first + number,) * 3).save(path / f"{number}.bmp")
+    return DataConfig(name="folder", path=str(path), image_size=32, num_held_out=1, num_workers=0)
+
+
+def test_other_pictures_under_the_same_names_are_refused_and_auto_makes_another_cache(
+    weights: Path, tmp_path: Path
+) -> None:
+    data = grey_folder(tmp_path / "images", 10)
+    config = ProjectorConfig.model_validate({"kind": "kl", "path": str(weights), "cache": "auto"})
+    first = scan_folder(str(data.path), data)
+    folder = encode(weights, tmp_path / "cache", data=data.model_dump(), views=1)
+    own = config.model_copy(update={"cache": str(folder)})
+    plan_cache(own, data, FLIPS, 32, first, tmp_path)
+    before = plan_cache(config, data, FLIPS, 32, first, tmp_path).folder
+    shutil.rmtree(tmp_path / "images")
+    grey_folder(tmp_path / "images", 90)
+    second = scan_folder(str(data.path), data)
+    assert second.digest == first.digest  # names alone
+    with pytest.raises(DataError, match=rf"data .*images \({first.content_digest}\), wanted .*{second.content_digest}"):
+        plan_cache(own, data, FLIPS, 32, second, tmp_path)
+    assert plan_cache(config, data, FLIPS, 32, second, tmp_path).folder != before
+
+
+@pytest.mark.parametrize("place", [0, 35, 69])
+def test_large_files_are_told_apart_by_their_ends_and_their_middle(place: int, tmp_path: Path) -> None:
+    data = grey_folder(tmp_path / "images", 10)
+    index = scan_folder(str(data.path), data)
+    before = index.content_digest
+    file = tmp_path / "images" / index.train[3]
+    assert file.stat().st_size > 15_000
+    with Image.open(file) as picture:
+        picture.load()
+        picture.putpixel((30, place), (1, 2, 3))
+        picture.save(file)
+    assert scan_folder(str(data.path), data).content_digest != before
+
+
+def test_a_scene_generator_that_draws_otherwise_makes_another_cache(
+    cache: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    render = Scenes.render
+
+    def one_pixel_moved(self: Scenes, *arguments: Any) -> Tensor:
+        images = render(self, *arguments)
+        images[0, 0, 3, 3] ^= 1
+        return images
+
+    assert check_cache(cache, wanted(weights)).views == 3
+    monkeypatch.setattr(Scenes, "render", one_pixel_moved)
+    with pytest.raises(DataError, match=r"data scenes \(.*\), wanted scenes"):
+        check_cache(cache, wanted(weights))
+
+
+def test_a_cache_must_have_a_name_to_take(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for out in (".", ".."):
+        with pytest.raises(ConfigError, match="give one that is not there yet"):
+            encode(weights, Path(out))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_that_were_left_out_are_told(weights: Path, tmp_path: Path) -> None:
+    data = grey_folder(tmp_path / "images", 10)
+    (tmp_path / "images" / "broken.png").write_bytes(b"no image")
+    lines: list[str] = []
+    options = EncodeOptions.parse({"projector": str(weights), "data": data.model_dump(), "views": 1}, "lsp encode")
+    encode_data(options, tmp_path / "cache", device="cpu", command="c", log=lines.append)
+    assert len(lines) == 1
+    assert "left out 1 of 9 images" in lines[0]
+    assert "broken.png" in lines[0]
 
 
 def test_pixels_have_no_latents_to_cache() -> None:

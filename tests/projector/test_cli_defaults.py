@@ -82,6 +82,22 @@ def test_numbers_that_are_none_are_told_from_numbers(tmp_path: Path) -> None:
     assert "--block-out-channels 8,x: whole numbers separated by commas" in str(done.exception)
 
 
+def test_scenes_by_name_are_the_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _, options = called_with(["lsp", "train", "--out", str(tmp_path), "--data", "scenes"], monkeypatch)
+    assert options == LSPTrainOptions()
+
+
+@pytest.mark.parametrize(("words", "wanted"), [([], False), (["--force"], True)])
+def test_replacing_a_projector_must_be_asked_for(
+    words: list[str], wanted: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr(train, "train_lsp", lambda out, options, *, force, **_: seen.append(force))
+    done = CliRunner().invoke(app, ["lsp", "train", "--out", str(tmp_path), *words])
+    assert done.exit_code == 0, done.output
+    assert seen == [wanted]
+
+
 @pytest.mark.parametrize("saved", [False, True])
 def test_an_interrupted_training_says_how_to_go_on(
     saved: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

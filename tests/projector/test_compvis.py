@@ -256,9 +256,27 @@ def test_the_command_tells_what_it_used_and_left_out(kl: dict[str, Tensor], tmp_
     assert "factor 8, 4 latent channels, from 248 keys" in done.output
     assert f"use it as projector {{kind: kl, path: {tmp_path / 'kl'}}}" in done.output
     assert "left out, not part of the projector: 1 keys: loss.logvar (1)" in done.output
+    assert "scale_factor" not in done.output  # it has none
     again = CliRunner().invoke(app, words)
     assert isinstance(again.exception, WeightsError)
     assert "exists already" in str(again.exception)
+
+
+def test_the_command_tells_the_scale_of_a_diffusion_checkpoint(kl: dict[str, Tensor], tmp_path: Path) -> None:
+    whole = {f"first_stage_model.{key}": tensor for key, tensor in kl.items()}
+    save_file({**whole, "scale_factor": torch.tensor(0.18215)}, tmp_path / "sd.safetensors")
+    done = CliRunner().invoke(app, ["lsp", "import", str(tmp_path / "sd.safetensors"), str(tmp_path / "kl")])
+    assert done.exit_code == 0, done.output
+    assert "scale_factor of the checkpoint: 0.18215; projector.scale=0.18215" in done.output
+
+
+@pytest.mark.parametrize("out", [".", ".."])
+def test_a_folder_without_a_name_of_its_own_is_refused(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WeightsError, match="give one that is not there yet"):
+        import_checkpoint(tmp_path / "never-read.ckpt", Path(out))
 
 
 def test_an_import_serves_as_a_projector(vq: dict[str, Tensor], tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import math
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,11 @@ from diffusers import AutoencoderKL, VQModel
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
+from torchvision.models import vgg16
 
 from lmd_bench.cli import app
+from lmd_bench.config import DataConfig
+from lmd_bench.data.folders import scan_folder
 from lmd_bench.data.scenes import Scenes
 from lmd_bench.data.yardstick import yardstick_masks
 from lmd_bench.errors import ConfigError, DataError, WeightsError
@@ -35,6 +40,7 @@ from lmd_bench.projector.inspect_report import caption, false_colours, make_tabl
 from lmd_bench.projector.light import LightAutoencoder, LightProjector
 from lmd_bench.projector.open import open_projector
 from lmd_bench.projector.pixels import PixelProjector
+from lmd_bench.projector.training_split import SPLIT_FILE, split_of_folder
 
 CPU = torch.device("cpu")
 SIZE = 32
@@ -268,6 +274,32 @@ def test_no_cell_is_empty(vq: Inspection, light: Inspection) -> None:
         assert all(cell.text.strip() for cell in row)
 
 
+def test_the_trunk_of_lpips_stands_in_the_table(light: Inspection, vq: Inspection) -> None:
+    measured = replace(light, continuous=replace(light.continuous, lpips=0.25), lpips_net="vgg")
+    table = make_table([measured, replace(vq, lpips_net=None)], "scenes")
+    place = [column.head for column in table.columns].index("trunk of LPIPS")
+    assert [row[place].text for row in table.rows] == ["vgg", "not measured"]
+    assert any("trunk" in note and "alex, vgg" in note for note in table.notes)
+
+
+def test_the_trunk_is_that_whose_weights_are_here(
+    folders: dict[str, ProjectorConfig], data: InspectData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random weights under VGG's names, AlexNet's are missing."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    few = InspectData(data.images[:2], data.fitted, "2 scenes")
+    assert inspect_projector(folders["light"], few).lpips_net is None
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in vgg16(weights=None).features.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    weights = {f"features.{name}": 0.05 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    torch.save(weights, tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth")
+    found = inspect_projector(folders["light"], few)
+    assert found.lpips_net == "vgg"
+    assert isinstance(found.continuous.lpips, float)
+
+
 def test_captions_say_what_the_columns_and_colours_are(vq: Inspection, light: Inspection) -> None:
     assert "image | latent (8 x 8 x 3) | reconstruction | reconstruction from quantised latents" in caption(vq)
     assert "its channels as red, green and blue" in caption(vq)
@@ -308,6 +340,39 @@ def test_the_command_measures_several_kinds_at_once(
     assert "continuous: PSNR, dB" in told
     assert "projectors.md" in told
     assert len(list(tmp_path.glob("figure7-*.png"))) == 2
+
+
+def make_images(folder: Path, number: int) -> None:
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(number):
+        Image.fromarray(rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+
+
+def test_a_projector_is_not_measured_on_images_it_may_have_been_trained_on(
+    tmp_path: Path, folders: dict[str, ProjectorConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_images(tmp_path / "images", 16)
+    (tmp_path / "images" / "broken.png").write_bytes(b"no image")
+    shutil.copytree(str(folders["light"].path), tmp_path / "light")
+    data = DataConfig(name="folder", path=str(tmp_path / "images"), num_held_out=2, seed=3)
+    split = split_of_folder(scan_folder(tmp_path / "images", data), 3)
+    (tmp_path / "light" / SPLIT_FILE).write_text(split.model_dump_json())
+    words = [str(tmp_path / "light"), "--data", str(tmp_path / "images"), "--image-size", "32", "--device", "cpu"]
+    with pytest.raises(ConfigError, match=r"may have been trained on .* use --images 2 --data-seed 3"):
+        inspect_command(*words, "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    capsys.readouterr()
+    inspect_command(*words, "--images", "2", "--data-seed", "3", "--out", str(tmp_path / "out"))
+    told = capsys.readouterr().out
+    assert "2 held-out images of" in told.replace("\n", " ")
+    assert "left out 1 of 17 images" in told.replace("\n", " ")
+
+
+@pytest.mark.parametrize("size", ["0", "15", "5000"])
+def test_image_sizes_that_cannot_be_are_refused(size: str, folders: dict[str, ProjectorConfig], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"--image-size {size}: must be from 16 to 4096 px"):
+        inspect_command(str(folders["light"].path), "--image-size", size, "--out", str(tmp_path / "out"))
 
 
 def test_the_command_checks_every_projector_before_it_measures_one(

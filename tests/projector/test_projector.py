@@ -237,7 +237,7 @@ def test_weights_in_half_precision_are_computed_with_in_the_configured_one(
 def test_a_folder_of_another_kind_is_refused_with_the_kind_that_takes_it(kind: str, folders: dict[str, Path]) -> None:
     for other in set(KINDS) - {kind}:
         needed, found = CLASS_OF_KIND[kind], CLASS_OF_KIND[other]
-        with pytest.raises(WeightsError, match=f"holds a {found}; kind '{kind}' needs an {needed}; use kind '{other}'"):
+        with pytest.raises(WeightsError, match=f"class is {found}, kind '{kind}' needs {needed}; use kind '{other}'"):
             check_projector(config_of(kind, folders[other]), 32)
 
 
@@ -274,7 +274,7 @@ def test_sizes_that_cannot_be_are_refused_without_loading(
 
 def test_a_folder_of_no_known_kind_is_refused_with_the_known_classes(folder: Path, tmp_path: Path) -> None:
     rewrite_config(folder, tmp_path / "unet", _class_name="UNet2DModel")
-    with pytest.raises(WeightsError, match=r"names a UNet2DModel; known are AutoencoderKL, VQModel"):
+    with pytest.raises(WeightsError, match=r"is of the class UNet2DModel; known classes are AutoencoderKL, VQModel"):
         config_of_path(str(tmp_path / "unet"))
 
 
@@ -404,14 +404,33 @@ def test_a_missing_folder_is_named_with_what_would_be_right(tmp_path: Path) -> N
 
 
 def test_an_unknown_shipped_name_lists_the_shipped_ones() -> None:
-    with pytest.raises(WeightsError, match=r"shipped:nope: no such weights; shipped are .*scenes-kl-f8"):
+    with pytest.raises(WeightsError, match=r"shipped:nope: no such weights; shipped are .*scenes-light-f8"):
         check_projector(ProjectorConfig(kind="kl", path="shipped:nope"), 64)
 
 
 def test_another_model_class_is_refused(folder: Path, tmp_path: Path) -> None:
     config = rewrite_config(folder, tmp_path / "vq", _class_name="VQModel")
-    with pytest.raises(WeightsError, match="holds a VQModel; kind 'kl' needs an AutoencoderKL"):
+    with pytest.raises(
+        WeightsError, match="the model's class is VQModel, kind 'kl' needs AutoencoderKL; use kind 'vq'"
+    ):
         check_projector(config, 64)
+
+
+def test_a_config_without_a_class_is_refused_in_words(folder: Path, tmp_path: Path) -> None:
+    config = rewrite_config(folder, tmp_path / "nameless", _class_name=None)
+    with pytest.raises(WeightsError, match=r"config\.json has no _class_name, kind 'kl' needs AutoencoderKL$"):
+        check_projector(config, 64)
+    with pytest.raises(WeightsError, match=r"config\.json has no _class_name; known classes are"):
+        config_of_path(str(tmp_path / "nameless"))
+
+
+def test_weights_in_one_file_and_in_several_at_once_are_refused(folder: Path, tmp_path: Path) -> None:
+    config = rewrite_config(folder, tmp_path / "both")
+    index = {"weight_map": {"a": WEIGHTS_FILE}}
+    (tmp_path / "both" / (WEIGHTS_FILE + ".index.json")).write_text(json.dumps(index))
+    for check in (weights_digest, lambda config: check_projector(config, 64)):
+        with pytest.raises(WeightsError, match=r"holds both .*safetensors and .*index\.json; remove the one"):
+            check(config)
 
 
 def test_a_folder_without_safetensors_is_refused_even_if_it_has_a_pickle(folder: Path, tmp_path: Path) -> None:
@@ -449,8 +468,12 @@ def test_a_damaged_weight_file_is_a_weights_error(folder: Path, tmp_path: Path) 
 def test_weights_of_another_architecture_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"weights and config\.json are of different models"):
         open_projector(rewrite_config(folder, tmp_path / "deeper", layers_per_block=2))
-    with pytest.raises(WeightsError, match="cannot be loaded"):
+    wanted = (
+        r"cannot be loaded \(.*of different sizes: \S+ is \([\d, ]+\), by config\.json \([\d, ]+\).* and \d+ more\)"
+    )
+    with pytest.raises(WeightsError, match=wanted) as refused:
         open_projector(rewrite_config(folder, tmp_path / "wider", latent_channels=6))
+    assert "decoder.conv_in.weight is (16, 5, 3, 3), by config.json (16, 6, 3, 3)" in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -474,7 +497,7 @@ def test_values_that_make_no_sense_are_refused(values: dict[str, object], messag
 def test_config_and_check_import_no_torch() -> None:
     code = (
         "import sys; from lmd_bench.projector.config import ProjectorConfig, check_projector, weights_digest;"
-        "config = ProjectorConfig(kind='kl', path='shipped:scenes-kl-f8');"
+        "config = ProjectorConfig(kind='light', path='shipped:scenes-light-f8');"
         "print(check_projector(config, 64).factor, len(weights_digest(config)), 'torch' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

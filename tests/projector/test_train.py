@@ -1,4 +1,4 @@
-"""The projector's training from end to end, and the weights that ship."""
+"""The projector's training from end to end."""
 
 from __future__ import annotations
 
@@ -22,15 +22,14 @@ from torchvision.models import alexnet
 from lmd_bench.data.scenes import Scenes
 from lmd_bench.errors import ConfigError, TrainingError, WeightsError
 from lmd_bench.projector import train
-from lmd_bench.projector.config import ProjectorConfig, projector_folder
+from lmd_bench.projector.config import ProjectorConfig
 from lmd_bench.projector.light import LightAutoencoder
 from lmd_bench.projector.losses import PerceptualDistance
 from lmd_bench.projector.open import open_projector
-from lmd_bench.projector.train import HELD_OUT_START, STATE_FILE, LSPTrainOptions, patch_pca_psnr, train_lsp
-from lmd_bench.projector.train_config import resolve
+from lmd_bench.projector.train import HELD_OUT_START, STATE_FILE, LSPTrainOptions, train_lsp
+from lmd_bench.projector.train_config import resolve, unused_options
 from lmd_bench.projector.train_data import TrainData
 
-SHIPPED = ProjectorConfig(kind="kl", path="shipped:scenes-kl-f8")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TINY = LSPTrainOptions(
     kind="vq",
@@ -110,6 +109,7 @@ def test_a_short_training_improves_and_writes_a_folder_diffusers_opens(
         "README.md",
         "config.json",
         WEIGHTS,
+        "training-data.json",
         "training.csv",
     ]
 
@@ -120,7 +120,8 @@ def test_the_readme_holds_the_command_and_the_figures(tmp_path: Path) -> None:
     text = (tmp_path / "tiny" / "README.md").read_text()
     assert resolve(options, perceptual=False).command(tmp_path / "tiny") in text
     assert "lmd-bench lsp train --out" in text
-    assert "--seed 5 --steps 24 --batch-size 8 --image-size 32" in text
+    assert "--seed 5 --data-seed 0 --steps 24 --batch-size 8 --image-size 32" in text
+    assert "under the license of lmd-bench" in text
     assert f"| PSNR of encode and decode | {report.psnr_db:.2f} dB |" in text
     assert f"| PSNR with quantisation between | {report.held_out.quantised_psnr_db:.2f} dB |" in text
     codes = report.held_out.codes
@@ -172,9 +173,12 @@ def test_a_folder_of_images_is_trained_on(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for index, scene in enumerate(Scenes(0, 48).render(range(24))):
         Image.fromarray(scene.permute(1, 2, 0).numpy()).save(tmp_path / "images" / f"{index}.png")
-    report = train_lsp(tmp_path / "tiny", changed(kind="light", data=str(tmp_path / "images")))
+    report = train_lsp(tmp_path / "tiny", changed(kind="light", data=str(tmp_path / "images"), data_seed=3))
     assert report.last_loss < report.first_loss
-    assert "6 held-out images of" in (tmp_path / "tiny" / "README.md").read_text()
+    readme = (tmp_path / "tiny" / "README.md").read_text()
+    assert "6 held-out images of" in readme
+    assert "the first 6 images in the order of data seed 3" in readme
+    assert "license" not in readme  # these are not our images
 
 
 # -- losses -----------------------------------------------------------------------------------------------------------
@@ -217,11 +221,42 @@ def test_before_its_start_the_discriminator_changes_nothing(tmp_path: Path) -> N
     # One optimizer for all, since a discriminator would choose another by default.
     with_it = changed(optimizer="adamw", disc_weight=0.8)
     train_lsp(tmp_path / "without", TINY)
-    train_lsp(tmp_path / "never", changed(with_it, disc_start=24))
     train_lsp(tmp_path / "late", changed(with_it, disc_start=20))
-    weights = {name: (tmp_path / name / WEIGHTS).read_bytes() for name in ("without", "never", "late")}
-    assert weights["never"] == weights["without"] != weights["late"]
-    assert [float(row["adaptive_weight"]) > 0 for row in log_of(tmp_path / "late")] == [False] * 4 + [True]
+    assert log_of(tmp_path / "late")[:4] == log_of(tmp_path / "without")[:4]
+    assert log_of(tmp_path / "late")[4] != log_of(tmp_path / "without")[4]
+
+
+def test_parts_that_take_no_part_leave_their_cells_empty_and_do_not_thin_out_means(tmp_path: Path) -> None:
+    options = changed(optimizer="adamw", disc_weight=0.8, disc_start=13, steps=15, log_every=5)
+    with pytest.raises(StoppedError):
+        train_lsp(tmp_path / "tiny", changed(options, save_every=5), log=stopping_at(10))
+    state = torch.load(tmp_path / "tiny" / STATE_FILE, weights_only=True)
+    assert state["parts"][:, train._PARTS.index("disc")].isnan().all()
+    train_lsp(tmp_path / "tiny", changed(options, save_every=5))
+    rows = log_of(tmp_path / "tiny")
+    names = ("generator", "adaptive_weight", "disc")
+    assert [[row[name] for name in names] for row in rows[:2]] == [[""] * 3] * 2
+    training, _ = started(options)
+    for step, batch in zip(range(15), training.data.batches(0), strict=False):
+        assert training.step == step
+        training.take_step(batch)
+    for name in names:
+        seen = training.column(name)[13:]
+        assert float(rows[2][name]) == pytest.approx(sum(seen) / 2, rel=1e-3)
+    assert all(row["perceptual"] == "" for row in rows)
+
+
+def test_windows_of_revival_start_with_the_codebook() -> None:
+    options = changed(
+        codebook_init="data", codebook_init_step=4, revive_dead_codes=True, revive_every=5, steps=20, num_codes=64
+    )
+    training, _ = started(options)
+    ends = []
+    for step, batch in zip(range(20), training.data.batches(0), strict=False):
+        training.take_step(batch)
+        if step >= 4 and not training._revival_counts.any():
+            ends.append(step)
+    assert ends == [8, 13, 18]  # steps 4 to 8 are the first five with a codebook
 
 
 def test_gan_runs_take_the_released_optimizer_unless_told_otherwise() -> None:
@@ -368,10 +403,67 @@ def test_a_state_of_other_options_is_refused_with_their_names(tmp_path: Path) ->
     assert "going on after step 4" in lines
 
 
+def test_a_state_of_other_images_or_weights_is_refused_with_both_digests(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for index, scene in enumerate(Scenes(0, 48).render(range(24))):
+        Image.fromarray(scene.permute(1, 2, 0).numpy()).save(tmp_path / "images" / f"{index}.png")
+    train_lsp(tmp_path / "first", changed(kind="light", steps=2))
+    options = changed(
+        kind="light", save_every=4, data=str(tmp_path / "images"), init_from=str(tmp_path / "first"), num_held_out=1
+    )
+    with pytest.raises(StoppedError):
+        train_lsp(tmp_path / "tiny", options, log=stopping_at(5))
+    before = torch.load(tmp_path / "tiny" / STATE_FILE, weights_only=True)["inputs"]
+    for index in range(2):  # one of them is trained on, since one image is held out
+        Image.new("RGB", (48, 48), "red").save(tmp_path / "images" / f"{index}.png")
+    train_lsp(tmp_path / "first", changed(kind="light", steps=3), force=True)
+    with pytest.raises(ConfigError) as refused:
+        train_lsp(tmp_path / "tiny", options)
+    for name in ("data", "init_from"):
+        assert re.search(rf"{name} {before[name]} \(now (?!{before[name]})[0-9a-f]{{16}}\)", str(refused.value))
+    assert "perceptual" not in str(refused.value)
+    assert (tmp_path / "tiny" / STATE_FILE).exists()
+
+
+def test_a_training_that_fails_after_its_last_step_is_ended_by_the_same_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_lsp(tmp_path / "whole", TINY)
+
+    def no_memory(*_: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainData, "sample", no_memory)
+        with pytest.raises(MemoryError):
+            train_lsp(tmp_path / "parts", TINY)
+    lines: list[str] = []
+    train_lsp(tmp_path / "parts", TINY, log=lines.append)
+    assert "going on after step 24" in lines
+    for name in (WEIGHTS, "training.csv", "config.json"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
 def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
     (tmp_path / STATE_FILE).write_bytes(b"not a state")
     with pytest.raises(ConfigError, match=r"training-state\.pt cannot be read .*; remove it to start anew"):
         train_lsp(tmp_path, TINY)
+
+
+# -- what is said -----------------------------------------------------------------------------------------------------
+
+
+def test_options_without_effect_are_named_in_one_line(tmp_path: Path) -> None:
+    lines: list[str] = []
+    options = changed(kind="kl", steps=1, beta=0.5, light_wavelet="cdf97", revive_every=7)
+    train_lsp(tmp_path / "kl", options, log=lines.append)
+    (told,) = [line for line in lines if "without effect" in line]
+    named = told.removeprefix("without effect in this training: ").split(", ")
+    assert {"beta", "light_wavelet", "revive_every", "num_codes", "light_factor", "disc_layers"} <= set(named)
+    assert not {"kl_weight", "block_out_channels", "steps", "seed", "num_images"} & set(named)
+    assert unused_options(LSPTrainOptions()) == []
+    assert unused_options(LSPTrainOptions(kind="light", disc_layers=2)) == ["disc_layers"]
+    assert unused_options(LSPTrainOptions(kind="kl", disc_weight=0.5, disc_layers=2)) == []
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
@@ -390,6 +482,8 @@ def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
         ({"steps": 0}, "steps 0 must be at least 1"),
         ({"seed": -1}, "seed -1 must be at least 0"),
         ({"image_size": 8192}, "image_size 8192 must be from 8 to 4096 px"),
+        ({"data_seed": -1}, "data_seed -1 must be at least 0"),
+        ({"disc_weight": 1.0, "disc_start": 24}, "disc_start 24 leaves no step to the discriminator"),
         ({"num_codes": 1}, "num_codes 1 must be at least 2"),
         ({"beta": -0.1}, "beta -0.1 must be a number from 0 on"),
         ({"disc_weight": float("nan")}, "disc_weight nan must be a number from 0 on"),
@@ -409,34 +503,30 @@ def test_options_that_do_not_fit_are_refused(changes: dict[str, object], message
 
 
 def test_a_loss_that_is_not_finite_stops_training(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"loss is (nan|inf) at step \d+; use a smaller --lr"):
+    with pytest.raises(TrainingError, match=r"loss is (nan|inf) at step 2; use a smaller --lr$"):
         train_lsp(tmp_path / "tiny", changed(kind="kl", lr=1e30, lr_warmup_steps=0))
     assert not (tmp_path / "tiny" / "config.json").exists()
+
+
+def test_no_state_is_kept_of_weights_that_are_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_step = train._Training.take_step
+
+    def spoiled(self: Any, images: Tensor) -> None:
+        take_step(self, images)
+        if self.step == 8:
+            with torch.no_grad():
+                self.projector.last_layer[0] = torch.nan
+
+    monkeypatch.setattr(train._Training, "take_step", spoiled)
+    options = changed(kind="light", save_every=4, log_every=50)
+    with pytest.raises(
+        TrainingError, match=r"weight of the projector is not finite after step 8; .* remove .*state\.pt"
+    ):
+        train_lsp(tmp_path / "tiny", options)
+    assert torch.load(tmp_path / "tiny" / STATE_FILE, weights_only=True)["step"] == 4
 
 
 def test_an_unwritable_folder_is_refused_before_training(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot write to .*; choose another --out"):
         train_lsp(tmp_path / "file" / "out", TINY)
-
-
-# -- the weights that ship --------------------------------------------------------------------------------------------
-
-
-def test_shipped_weights_are_under_four_mebibytes() -> None:
-    files = [file for file in projector_folder(SHIPPED).rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) < 4 * 2**20
-
-
-def test_shipped_weights_reconstruct_held_out_scenes_as_their_readme_says() -> None:
-    readme = (projector_folder(SHIPPED) / "README.md").read_text()
-    stated = float(re.search(r"encode and decode \| ([\d.]+) dB", readme)[1])  # type: ignore[index]
-    scenes, projector = Scenes(0, 64), open_projector(SHIPPED)
-    images = scenes.render(torch.arange(64) + HELD_OUT_START + 4096)  # not the ones the README measured
-    wanted = images.float() / 255.0
-    latents = projector.encode(wanted)
-    psnr_db = -10 * torch.log10((projector.decode(latents) - wanted).square().mean()).item()
-    assert psnr_db > stated - 0.5
-    assert psnr_db > patch_pca_psnr(scenes.render(range(512)), images, patch_size=8, num_components=4) + 1.0
-    assert latents.shape == (64, 4, 8, 8)
-    assert ((latents.std((0, 2, 3)) > 0.5) & (latents.std((0, 2, 3)) < 2.0)).all()

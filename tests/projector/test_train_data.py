@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from lmd_bench.config import DataConfig
+from lmd_bench.data import source
+from lmd_bench.data.folders import scan_folder
 from lmd_bench.data.scenes import Scenes
 from lmd_bench.errors import DataError
+from lmd_bench.projector import train_data
 from lmd_bench.projector.train_config import LSPTrainOptions
 from lmd_bench.projector.train_data import HELD_OUT_START, TrainData, patch_pca_psnr
 
@@ -84,6 +89,46 @@ def test_a_folders_held_out_images_are_never_trained_on(folder: Path) -> None:
 def test_a_small_folder_gives_up_a_quarter_at_most(folder: Path) -> None:
     data = TrainData(LSPTrainOptions(**{**TINY, "data": str(folder), "num_held_out": 256}), CPU)  # type: ignore[arg-type]
     assert len(data.held_out) == 10
+
+
+def test_held_out_images_hang_on_the_data_seed_and_their_order_not_on_seed_or_number(folder: Path) -> None:
+    def held_out(**values: Any) -> list[int]:
+        data = TrainData(LSPTrainOptions(**{**TINY, "data": str(folder), **values}), CPU)
+        data.close()
+        return [round(float(image.float().mean())) for image in data.held_out]
+
+    usual = held_out()
+    assert held_out(seed=5) == usual
+    assert held_out(num_held_out=3) == usual[:3]
+    assert held_out(data_seed=1) != usual
+    data = DataConfig(name="folder", path=str(folder), num_held_out=8)
+    assert [5 * int(name[:2]) for name in scan_folder(folder, data).held_out] == usual  # a run's own choice
+
+
+def test_scenes_are_of_the_data_seed() -> None:
+    data = TrainData(LSPTrainOptions(**{**TINY, "data_seed": 4, "seed": 9}), CPU)  # type: ignore[arg-type]
+    assert torch.equal(data.held_out, Scenes(4, 32).render(torch.arange(8) + HELD_OUT_START))
+    assert "seed 4" in data.described
+    assert data.split.data_seed == 4
+
+
+def test_errors_name_the_commands_own_options(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        DataError, match=r"^lsp train: .* do not fill one batch of 99; use more images or lower --batch"
+    ):
+        TrainData(LSPTrainOptions(**{**TINY, "data": str(folder), "batch_size": 99}), CPU)  # type: ignore[arg-type]
+    monkeypatch.setattr(source, "_MEMORY_SHARE", 0.0)
+    with pytest.raises(DataError, match=r"^lsp train: --num-images: 24 scenes of 32 px take"):
+        TrainData(LSPTrainOptions(**TINY), CPU)  # type: ignore[arg-type]
+
+
+def test_a_sample_is_bounded_in_bytes_and_whole_at_64_px(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert train_data._SAMPLE_BYTES >= 4096 * 3 * 64 * 64 * 4
+    data = TrainData(LSPTrainOptions(**TINY), CPU)  # type: ignore[arg-type]
+    whole = data.sample(16)
+    monkeypatch.setattr(train_data, "_SAMPLE_BYTES", 5 * 3 * 32 * 32 * 4)
+    assert torch.equal(data.sample(16), data.sample(5))
+    assert len(data.sample(16)) == 5 < len(whole)
 
 
 def test_a_folder_that_is_not_there_is_refused() -> None:

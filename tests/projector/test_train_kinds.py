@@ -220,8 +220,30 @@ def test_starting_from_another_kind_or_size_is_refused_in_words(tmp_path: Path) 
     with pytest.raises(WeightsError, match="is of kind 'vq'"):
         TRAINABLE["kl"].build(replace(options, kind="kl")).start_from(str(tmp_path))
     wider = TRAINABLE["vq"].build(replace(options, num_codes=30))
-    with pytest.raises(WeightsError, match=r"quantize.embedding.weight \(24, 4\) instead of \(30, 4\).*options"):
+    with pytest.raises(WeightsError, match=r"num_vq_embeddings 24 \(now 30\); give the options it was trained"):
         wider.start_from(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "told"),
+    [
+        ("light", {"light_wavelet": "cdf97"}, r"wavelet haar \(now cdf97\)"),
+        ("light", {"light_transform": "space_to_depth"}, r"transform wavelet \(now space_to_depth\)"),
+        ("vq", {"norm_num_groups": 4}, r"norm_num_groups 8 \(now 4\)"),
+        ("kl", {"norm_num_groups": 4, "layers_per_block": 1}, r"layers_per_block 0 \(now 1\), .*norm_num_groups"),
+    ],
+)
+def test_starting_from_another_network_of_the_same_shapes_is_refused_with_what_differs(
+    kind: str, changes: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    source, options, _ = built(kind)
+    source.model.save_pretrained(tmp_path)
+    TRAINABLE[kind].build(replace(options, image_size=64)).start_from(str(tmp_path))  # its size is free
+    with pytest.raises(WeightsError, match=told):
+        TRAINABLE[kind].build(replace(options, **changes)).start_from(str(tmp_path))
+    if kind == "kl":
+        with pytest.raises(WeightsError, match=told):
+            TRAINABLE["vq"].build(replace(options, kind="vq", **changes)).start_from(str(tmp_path))
 
 
 def test_noise_is_a_share_of_each_channels_spread_and_a_function_of_the_step() -> None:

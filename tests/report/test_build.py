@@ -404,3 +404,16 @@ def test_a_diverged_loss_in_steps_does_not_break_the_curves(tmp_path: Path, suit
     cells[2] = "nan"
     steps.write_text("\n".join([*lines[:-1], ",".join(cells)]) + "\n", encoding="utf-8")
     assert_nothing_silent(build(tmp_path, suite))
+
+
+def test_a_network_that_sees_all_tokens_still_walks_the_mask_levels_of_its_ratios(tmp_path: Path, suite: Suite) -> None:
+    write_run(tmp_path, suite, "lmd-cs")
+    steps = tmp_path / "demo" / "lmd-cs" / "seed-0" / "steps.csv"
+    before = row(table(build(tmp_path, suite), "table3"), "LMD-CS")["mask_levels"].lines
+    frame = pd.read_csv(steps)
+    frame["tokens"] = 16
+    frame.to_csv(steps, index=False)
+    assert row(table(build(tmp_path, suite), "table3"), "LMD-CS")["mask_levels"].lines == before == ("9 mask levels",)
+    frame["mask_ratio"] = 0.75
+    frame.to_csv(steps, index=False)
+    assert row(table(build(tmp_path, suite), "table3"), "LMD-CS")["mask_levels"].lines == ("0 mask levels",)

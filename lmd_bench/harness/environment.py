@@ -119,7 +119,10 @@ def package_versions() -> dict[str, str | None]:
 
 
 def git_state(unknown: dict[str, str], package: Path | None = None) -> Facts | None:
-    """Commit of the checkout that the package runs from and whether tracked files differ from it; None elsewhere."""
+    """Commit of the checkout that the package runs from and whether tracked files differ from it; None elsewhere.
+
+    Reports do not count: replacing old ones by the very run that asks is no change of what is measured.
+    """
     folder = package or Path(__file__).resolve().parents[1]
     try:
         top = _git(folder, "rev-parse", "--show-toplevel")
@@ -127,7 +130,8 @@ def git_state(unknown: dict[str, str], package: Path | None = None) -> Facts | N
             unknown["git"] = "the package is not run from a checkout of its own"
             return None
         commit = _git(folder, "rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
+        changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)reports")
+        return {"commit": commit, "dirty": bool(changed)}
     except FileNotFoundError:
         unknown["git"] = "git is not installed"
     except subprocess.TimeoutExpired:

@@ -121,6 +121,8 @@ def test_commit_and_changes_of_a_checkout_are_found(tmp_path: Path) -> None:
     package = tmp_path / "lmd_bench"
     package.mkdir()
     (package / "a.py").write_text("a = 1\n")
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports" / "old.md").write_text("figures\n")
     run_git(tmp_path, "init")
     run_git(tmp_path, "add", ".")
     run_git(tmp_path, "commit", "-m", "first")
@@ -129,6 +131,8 @@ def test_commit_and_changes_of_a_checkout_are_found(tmp_path: Path) -> None:
     assert clean is not None
     assert len(clean["commit"]) == 40
     assert clean["dirty"] is False
+    (tmp_path / "reports" / "old.md").unlink()
+    assert git_state(unknown, package) == clean
     (package / "a.py").write_text("a = 2\n")
     assert git_state(unknown, package) == {**clean, "dirty": True}
     assert unknown == {}

@@ -86,13 +86,17 @@ def _remove_left_over(folder: Path, written: set[Path]) -> None:
 
 
 def make_tables(suite: Suite, results: Results, rows: dict[str, RowResult]) -> list[Table]:
-    """The tables in the order of the page."""
-    tables: list[Table] = [published_table(name, suite, rows) for name in suite.tables]
-    if suite.evaluation.num_checks > 0 or any(yardsticks(found) for found in rows.values()):
-        tables.append(quality_table(suite, rows))
-    if any(row.base for row in suite.methods.values()):
+    """The tables in the order of the page. Where only speed was measured, those of training are left out."""
+    only_speed = not any(found.runs for found in rows.values()) and bool(results.profiles or results.inferences)
+    tables: list[Table] = []
+    if not only_speed:
+        tables += [published_table(name, suite, rows) for name in suite.tables]
+        if suite.evaluation.num_checks > 0 or any(yardsticks(found) for found in rows.values()):
+            tables.append(quality_table(suite, rows))
+    if any(row.base for row in suite.methods.values()) and (results.profiles or not only_speed):
         tables.append(factors_table(suite, rows, results.profiles))
-    tables += [estimators_table(suite, rows), details_table(suite, rows)]
+    if not only_speed:
+        tables += [estimators_table(suite, rows), details_table(suite, rows)]
     for profile in results.profiles:
         tables.append(step_cost_table(profile.record, suite.estimator.confidence, f"step-cost{profile.tag}"))
     for inference in results.inferences:

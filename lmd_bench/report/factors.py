@@ -27,9 +27,14 @@ _PSNR_PARTS: Final = ("psnr_gain_db", "psnr_gain_low_db", "psnr_gain_high_db", "
 
 
 def factors_table(suite: Suite, rows: Mapping[str, RowResult], profiles: Sequence[Profile]) -> Table:
-    """What differs between each row and its base, and what that does to time, to the loss and to quality."""
+    """What differs between each row and its base, and what that does to time, to the loss and to quality.
+
+    Where no row was trained, only those of the speed runs stand here.
+    """
     speed = [(profile, measured_rows(profile.record)) for profile in profiles]
     changed = [found for found in rows.values() if found.config is not None and found.config.base is not None]
+    if not any(found.runs for found in rows.values()):
+        changed = [found for found in changed if any(found.row in measured for _, measured in speed)]
     columns = [
         NAME_COLUMN,
         Column("Base", ("base", "base_label")),

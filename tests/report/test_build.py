@@ -339,7 +339,7 @@ def test_only_failed_cells_still_make_a_report(tmp_path: Path, suite: Suite) -> 
 def test_a_speed_run_alone_makes_a_report(tmp_path: Path, suite: Suite) -> None:
     write_json(tmp_path / "demo" / "profile-b16-fp32.json", make_profile(suite))
     report = build(tmp_path, suite)
-    assert row(table(report, "table1"), "MAE")["mit_ms"].lines == ("not run",)
+    assert [one.stem for one in report.tables if not one.stem.startswith("step-cost")] == []  # nothing was trained
     assert [one.title.split(":")[0] for one in terminal_tables(report)] == ["Step cost"]
     assert_nothing_silent(report)
 

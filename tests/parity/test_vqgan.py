@@ -7,7 +7,7 @@ is compared is the reconstruction, not the indices.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest

@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 from lmd_bench.errors import ConfigError
 from lmd_bench.method import MethodConfig
 from lmd_bench.nn.masking import take_tokens
-from lmd_bench.nn.patches import patchify, unpatchify
+from lmd_bench.nn.patches import normalised, patchify, unpatchify
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
@@ -115,10 +115,7 @@ class MaskedUNet(nn.Module):
 
     def targets(self, patches: Tensor) -> Tensor:
         """What is predicted for `patches` (B, n, P): themselves, or normalised with eps 1e-6."""
-        if not self.normalize_targets:
-            return patches
-        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-        return (patches - mean) / (variance + 1e-6).sqrt()
+        return normalised(patches) if self.normalize_targets else patches
 
     def complete(self, inputs: Tensor, hidden: Tensor) -> Tensor:
         """`inputs` (B, C, H, W) with the tokens where `hidden` (B, L) bool is True replaced by their prediction.

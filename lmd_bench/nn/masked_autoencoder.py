@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from lmd_bench.nn.masking import groups_of_equal_count, ids_from_mask, take_tokens
-from lmd_bench.nn.patches import patchify, unpatchify
+from lmd_bench.nn.patches import normalised, patchify, unpatchify
 from lmd_bench.nn.pos_embed import sincos_pos_embed
 from lmd_bench.nn.vit import NORM_EPS, Block
 
@@ -151,10 +151,7 @@ class MaskedAutoencoder(nn.Module):
 
     def targets(self, patches: Tensor) -> Tensor:
         """What is predicted for `patches` (B, n, P): themselves, or normalised with eps 1e-6."""
-        if not self.normalize_targets:
-            return patches
-        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-        return (patches - mean) / (variance + 1e-6).sqrt()
+        return normalised(patches) if self.normalize_targets else patches
 
     def complete(self, inputs: Tensor, hidden: Tensor) -> Tensor:
         """`inputs` (B, C, H, W) with the tokens where `hidden` (B, L) bool is True replaced by their prediction.

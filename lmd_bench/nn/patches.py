@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -23,3 +24,9 @@ def unpatchify(patches: Tensor, patch_size: int, channels: int) -> Tensor:
     grid = round(length**0.5)
     cut = patches.reshape(batch, grid, grid, patch_size, patch_size, channels)
     return cut.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, grid * patch_size, grid * patch_size)
+
+
+def normalised(patches: Tensor) -> Tensor:
+    """Patches (..., P), each to mean 0 and unbiased variance 1 over its values, eps 1e-6 (MAE's norm_pix_loss)."""
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return (patches - mean) / (variance + 1e-6).sqrt()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from lmd_bench.errors import WeightsError
@@ -53,21 +54,26 @@ def load_exactly(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 
     Raises WeightsError naming missing keys, unexpected keys and wrong shapes, before anything is loaded.
     """
-    own = module.state_dict()
-    shared = [key for key in own if key in state_dict]
-    problems = {
-        "missing": [key for key in own if key not in state_dict],
-        "unexpected": [key for key in state_dict if key not in own],
-        "of another shape": [
-            f"{key} {tuple(state_dict[key].shape)} instead of {tuple(own[key].shape)}"
-            for key in shared
-            if state_dict[key].shape != own[key].shape
-        ],
-    }
-    found = [f"{len(keys)} {what}: {_listed(keys)}" for what, keys in problems.items() if keys]
+    shapes = {key: tensor.shape for key, tensor in module.state_dict().items()}
+    problems = misfits(shapes, state_dict, extra="unexpected")
+    found = [f"{len(keys)} {what}: {listed(keys)}" for what, keys in problems.items() if keys]
     if found:
         raise WeightsError(f"checkpoint does not fit the model: {'; '.join(found)}")
     module.load_state_dict(dict(state_dict))
+
+
+def misfits(wanted: Mapping[str, torch.Size], state_dict: Mapping[str, Tensor], *, extra: str) -> dict[str, list[str]]:
+    """What keeps a checkpoint from a layout of these names and shapes: keys missing, too many (called `extra`), of
+    another shape; empty lists where nothing does."""
+    return {
+        "missing": [key for key in wanted if key not in state_dict],
+        extra: [key for key in state_dict if key not in wanted],
+        "of another shape": [
+            f"{key} {tuple(state_dict[key].shape)} instead of {tuple(shape)}"
+            for key, shape in wanted.items()
+            if key in state_dict and state_dict[key].shape != shape
+        ],
+    }
 
 
 def _tensor(state_dict: Mapping[str, Tensor], key: str, *, ndim: int) -> Tensor:
@@ -102,6 +108,7 @@ def _depth(state_dict: Mapping[str, Tensor], name: str) -> int:
     return max(numbers) + 1
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first few of the names, and how many more there are."""
     more = len(names) - _NAMED_IN_ERRORS
     return ", ".join(names[:_NAMED_IN_ERRORS]) + (f" and {more} more" if more > 0 else "")

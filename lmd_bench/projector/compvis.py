@@ -20,11 +20,11 @@ from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
 from lmd_bench.errors import WeightsError
+from lmd_bench.nn.official import listed, misfits
 from lmd_bench.projector.config import WEIGHTS_FILE
 from lmd_bench.projector.discriminator import PatchDiscriminator
 from lmd_bench.projector.weight_files import read_tensors
 
-_NAMED_IN_ERRORS = 6
 _EXPECTED = "expected the layout of taming-transformers or latent-diffusion"
 _NORM_GROUPS = 32
 _CODEBOOK = "quantize.embedding.weight"
@@ -235,7 +235,7 @@ def _autoencoder_part(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tenso
         strays = [key for key in weights if not key.startswith(_FIRST_STAGE)]
         if strays:
             raise WeightsError(
-                f"checkpoint does not fit CompVis' layout; keys unknown ({len(strays)}): {_listed(strays)}"
+                f"checkpoint does not fit CompVis' layout; keys unknown ({len(strays)}): {listed(strays)}"
             )
         weights = _under(weights, _FIRST_STAGE)
     return weights, used, scaling_factor
@@ -263,16 +263,8 @@ def _write_folder(model: VQModel | AutoencoderKL, out: Path) -> None:
 
 def _check_fit(wanted: Mapping[str, torch.Size], state_dict: Mapping[str, Tensor]) -> None:
     """Every key and every shape must fit. Raises WeightsError naming those that do not in the checkpoint's words."""
-    problems = {
-        "missing": [key for key in wanted if key not in state_dict],
-        "unknown": [key for key in state_dict if key not in wanted],
-        "of another shape": [
-            f"{key} {tuple(state_dict[key].shape)} instead of {tuple(shape)}"
-            for key, shape in wanted.items()
-            if key in state_dict and state_dict[key].shape != shape
-        ],
-    }
-    found = [f"{what} ({len(keys)}): {_listed(keys)}" for what, keys in problems.items() if keys]
+    problems = misfits(wanted, state_dict, extra="unknown")
+    found = [f"{what} ({len(keys)}): {listed(keys)}" for what, keys in problems.items() if keys]
     if found:
         raise WeightsError(f"checkpoint does not fit CompVis' layout; keys {'; '.join(found)}")
 
@@ -291,8 +283,3 @@ def _count(state_dict: Mapping[str, Tensor], pattern: str, name: str) -> int:
     if not numbers:
         raise WeightsError(f"checkpoint: no keys {name}; {_EXPECTED}")
     return max(numbers) + 1
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - _NAMED_IN_ERRORS
-    return ", ".join(names[:_NAMED_IN_ERRORS]) + (f" and {more} more" if more > 0 else "")

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
-from lmd_bench.errors import ConfigError
+from baselines._masked_pixels import MaskedPixelMethod, PixelStatsName
 from lmd_bench.lmd.mask_schedule import check_leaves_tokens, num_kept
-from lmd_bench.method import DataSpec, Method, MethodConfig, StepOutput
+from lmd_bench.method import DataSpec, MethodConfig, StepOutput
+from lmd_bench.nn.classifier import MaskedAutoencoderClassifier
 from lmd_bench.nn.config import AutoencoderConfig, sizes_of
 from lmd_bench.nn.masked_autoencoder import MaskedAutoencoder
 from lmd_bench.nn.masking import pixel_mask, random_ids, token_mask
 from lmd_bench.nn.official import load_exactly, shape_of_checkpoint
-
-_PIXEL_STATS = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
 
 
 class MAEConfig(AutoencoderConfig):
@@ -30,27 +26,22 @@ class MAEConfig(AutoencoderConfig):
     """Side of a token, px."""
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
     """Share of tokens hidden; int(L * (1 - mask_ratio)) stay visible."""
-    pixel_stats: Literal["imagenet", "half"] = "imagenet"
+    pixel_stats: PixelStatsName = "imagenet"
     """Mean and deviation that pixels are normalised by: ImageNet's, or 0.5 and 0.5 (to [-1, 1])."""
 
 
-class MAE(Method):
+class MAE(MaskedPixelMethod):
     """Masked autoencoder: a ViT encoder on the visible quarter of the patches, a small decoder for the rest."""
 
     Config: ClassVar[type[MethodConfig]] = MAEConfig
-    pixel_mean: Tensor
-    pixel_std: Tensor
+    config: MAEConfig
 
     def __init__(self, config: MAEConfig, data: DataSpec) -> None:
         super().__init__(config, data)
-        self.check(config, data)
-        self.config = config
         self.model = MaskedAutoencoder(
             config.shape(data.image_size, in_channels=3), normalize_targets=config.normalize_targets
         )
         self.num_kept = num_kept(self.model.shape.num_tokens, config.mask_ratio)
-        for name, values in zip(("pixel_mean", "pixel_std"), _PIXEL_STATS[config.pixel_stats], strict=True):
-            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
     @classmethod
     def check(cls, config: MAEConfig, data: DataSpec) -> None:
@@ -63,20 +54,11 @@ class MAE(Method):
         """A token is a patch."""
         return config.patch_size
 
-    @classmethod
-    def yardstick_obstacle(cls, config: MAEConfig) -> str | None:
-        """Normalised targets cannot be turned back into pixels without the hidden patch's own statistics."""
-        return "normalised targets" if config.normalize_targets else None
-
     def training_step(self, inputs: Tensor, *, step: int, total_steps: int) -> StepOutput:
         """Loss on images (B, 3, S, S) in [0, 1] under a fresh random mask."""
         ids = random_ids(len(inputs), self.model.shape.num_tokens, inputs.device)
-        loss = self.model(self.normalize(inputs), ids, self.num_kept)
+        loss = self.model(self.pixels.normalize(inputs), ids, self.num_kept)
         return StepOutput(loss, {"mask_ratio": self.config.mask_ratio, "tokens": float(self.num_kept)})
-
-    def mask_ratio_at(self, step: int, total_steps: int) -> float:
-        """The constant mask ratio."""
-        return self.config.mask_ratio
 
     def num_tokens_at(self, step: int, total_steps: int) -> int:
         """Visible patches, the class token not counted."""
@@ -85,16 +67,15 @@ class MAE(Method):
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
         """Predict every patch that touches a hidden unit; the others are returned as they came."""
-        if self.config.normalize_targets:
-            raise ConfigError("normalize_targets: a model of normalised targets cannot reconstruct pixels")
+        self.refuse_normalized_targets()
         size = self.data.image_size
         hidden = token_mask(pixel_mask(mask, size), self.config.patch_size)
-        completed = self.model.complete(self.normalize(images), hidden)
-        return (completed.float() * self.pixel_std + self.pixel_mean).clamp(0.0, 1.0)
+        completed = self.model.complete(self.pixels.normalize(images), hidden)
+        return self.pixels.to_images(completed)
 
-    def normalize(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] to zero mean and unit deviation over the pixel statistics."""
-        return (images - self.pixel_mean) / self.pixel_std
+    def classifier(self, num_classes: int) -> nn.Module:
+        """The encoder, which it shares, with mean pooling and a fresh head, as in MAE's fine-tuning."""
+        return MaskedAutoencoderClassifier(self.model, self.pixels.normalize, num_classes)
 
     @classmethod
     def from_official(cls, state_dict: Mapping[str, Tensor], **options: Any) -> MAE:

@@ -218,3 +218,7 @@ class Method(nn.Module, ABC):
     def from_official(cls, state_dict: Mapping[str, Tensor], **options: Any) -> Method:
         """Build the method from the authors' checkpoint layout; every key is used or named in the error."""
         raise TypeError(f"{cls.__name__} has no official checkpoint layout")
+
+    def to_official(self) -> dict[str, Tensor]:
+        """The weights in the authors' layout; `from_official` of them is this model bit for bit."""
+        raise TypeError(f"{type(self).__name__} has no official checkpoint layout")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import BeforeValidator, Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from lmd_bench.errors import ConfigError, WeightsError
 from lmd_bench.lmd.mask_schedule import (
@@ -33,6 +33,7 @@ from lmd_bench.lmd.pixel_loss import left_out_of_the_graph, parameters_outside_b
 from lmd_bench.lmd.sampling import UNVEIL_ORDERS, Unveiling, UnveilOrder, unveil
 from lmd_bench.lmd.unet import MaskedUNet, MaskedUNetShape, UNetConfig
 from lmd_bench.method import Batch, DataSpec, Method, MethodConfig, StepOutput
+from lmd_bench.nn.classifier import MaskedAutoencoderClassifier
 from lmd_bench.nn.config import AutoencoderConfig, sizes_of
 from lmd_bench.nn.masked_autoencoder import MaskedAutoencoder
 from lmd_bench.nn.masking import fill_with_visible_mean, pixel_mask, random_ids, token_mask
@@ -334,6 +335,15 @@ class LMD(Method):
     def _refuse_normalized(self) -> None:
         if self.config.normalize_targets:
             raise ConfigError("normalize_targets: a model of normalised targets cannot reconstruct pixels")
+
+    def classifier(self, num_classes: int) -> nn.Module:
+        """The encoder, which it shares, on latents of the frozen projector, with mean pooling and a fresh head.
+
+        Raises TypeError for the U-Net of the ablation, which has no encoder of tokens.
+        """
+        if not isinstance(self.model, MaskedAutoencoder):
+            raise TypeError("network: unet: a U-Net has no encoder to fine-tune")
+        return MaskedAutoencoderClassifier(self.model, self.projector.encode, num_classes)
 
     @property
     def num_function_evaluations(self) -> int:

@@ -35,7 +35,8 @@ class DataConfig(_Values):
 
     name: Literal["scenes", "folder"] = "scenes"
     path: str | None = None
-    """Folder of images (ImageFolder layout, with or without train/ and val/, or flat). Only for `folder`."""
+    """Folder of images (ImageFolder layout, with or without train/ and val/, or flat), or LSUN's LMDB folder of a
+    category, or the folder that holds them. Only for `folder`."""
     image_size: int = Field(default=64, ge=8, le=4096)
     """Side of the square training images, px."""
     num_train: int | None = Field(default=None, ge=1)
@@ -117,9 +118,32 @@ class LearningRateConfig(_Values):
     """Rate for `per_images` images a step; scaled linearly to the batch."""
     per_images: int | None = Field(default=256, ge=1)
     """None: `base` is the rate itself, whatever the batch."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """After the linear warm-up from 0: half a cosine down to `minimum`, or constant."""
+    schedule: Literal["cosine", "constant", "multistep"] = "cosine"
+    """After the linear warm-up: half a cosine down to `minimum`, constant, or times `gamma` at every milestone."""
     minimum: float = Field(default=0.0, ge=0)
+    """Where the cosine ends."""
+    warmup_start: float = Field(default=0.0, ge=0)
+    """Rate at which the warm-up begins."""
+    scale_bounds: bool = False
+    """Whether `minimum` and `warmup_start` are for `per_images` images too and scale with the batch as `base` does
+    (SimMIM); otherwise they are rates themselves (MAE, LMD)."""
+    warmup_prefix: bool = True
+    """Whether the schedule begins where the warm-up ends (MAE). False: it runs over all steps, and the warm-up takes
+    the place of its beginning (timm's default, SimMIM)."""
+    milestones: tuple[float, ...] = ()
+    """For `multistep`: shares of the run, ascending between 0 and 1, such as 0.875 for epoch 700 of 800."""
+    gamma: float = Field(default=0.1, gt=0, le=1)
+    """For `multistep`: what the rate is multiplied by at every milestone."""
+
+    @model_validator(mode="after")
+    def _milestones_fit(self) -> LearningRateConfig:
+        if (self.schedule == "multistep") != bool(self.milestones):
+            raise ValueError(
+                f"lr.milestones belong to schedule multistep, got {list(self.milestones)} for {self.schedule}"
+            )
+        if list(self.milestones) != sorted({share for share in self.milestones if 0 < share < 1}):
+            raise ValueError(f"lr.milestones must ascend between 0 and 1, got {list(self.milestones)}")
+        return self
 
 
 class RecipeConfig(_Values):
@@ -137,6 +161,8 @@ class RecipeConfig(_Values):
     """Largest global gradient norm; None does not clip."""
     ema_decay: float | None = Field(default=None, ge=0, lt=1)
     """Decay of the moving average of the weights that is evaluated; None keeps none."""
+    ema_warmup: bool = False
+    """Whether the average's decay begins lower: min(ema_decay, (1 + n) / (10 + n)) at its n-th update (LDM)."""
     augmentation: AugmentationConfig = AugmentationConfig()
     source: str = ""
     """Where these values were published."""
@@ -146,6 +172,17 @@ class RecipeConfig(_Values):
         given = (self.lr_warmup_steps, self.lr_warmup_epochs, self.lr_warmup_share)
         if sum(value is not None for value in given) > 1:
             raise ValueError("give one of lr_warmup_steps, lr_warmup_epochs and lr_warmup_share")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_in_vain(self) -> RecipeConfig:
+        no_warmup = self.lr_warmup_steps is self.lr_warmup_epochs is self.lr_warmup_share is None
+        if self.lr.warmup_start and no_warmup:
+            raise ValueError(
+                "lr.warmup_start needs a warm-up: give lr_warmup_steps, lr_warmup_epochs or lr_warmup_share"
+            )
+        if self.ema_warmup and self.ema_decay is None:
+            raise ValueError("ema_warmup needs the average's ema_decay")
         return self
 
 
@@ -297,3 +334,19 @@ class RunConfig(_Values):
             },
         )
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class ImportedConfig(_Values):
+    """A method whose weights were trained by others and imported: all that is known of it, and no recipe or data."""
+
+    method: str
+    code: str | None = None
+    """As in `RunConfig`."""
+    options: Json
+    image_size: int
+    source: str
+    """Name of the authors' file."""
+    source_sha256: str
+    """Of that whole file, hexadecimal."""
+    place: str
+    """Where in the file the weights lay, in words."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
 from os import PathLike
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +27,14 @@ class ImageFileError(DataError):
         self.reason = reason
 
 
-def load_rgb(path: str | PathLike[str]) -> Image.Image:
+OpenFile = Callable[[], BinaryIO]
+"""Opens an encoded image that is no file of its own."""
+
+
+def load_rgb(path: str | PathLike[str], open_file: OpenFile | None = None) -> Image.Image:
     """The first frame of an image file as PIL RGB, upright, its shorter side at least 8 px.
+
+    With `open_file`, `path` is only how errors name the image.
 
     EXIF orientation is applied, transparency is laid over white, grey of more than 8 bits is scaled by its full
     range (see `to_rgb`), colour profiles are ignored. Raises ImageFileError for a file that is damaged, truncated, too
@@ -33,13 +42,13 @@ def load_rgb(path: str | PathLike[str]) -> Image.Image:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return decode(path)
+        return decode(path, open_file)
 
 
-def decode(path: str | PathLike[str]) -> Image.Image:
+def decode(path: str | PathLike[str], open_file: OpenFile | None = None) -> Image.Image:
     """`load_rgb` for threads: the caller silences warnings, since Python's filters are shared by all threads."""
     try:
-        with Image.open(path) as image:
+        with nullcontext(path) if open_file is None else open_file() as source, Image.open(source) as image:
             image.load()
             rgb = to_rgb(ImageOps.exif_transpose(image))
     # Pillow's readers let almost anything out on damaged files: SyntaxError, struct.error, IndexError, ...

@@ -24,7 +24,7 @@ from lmd_bench.data.augment import (
     random_crop_boxes,
     random_flips,
 )
-from lmd_bench.data.decode import ImageFileError, center_square, load_rgb
+from lmd_bench.data.decode import ImageFileError, center_square
 from lmd_bench.data.folders import FolderIndex, describe_faults, too_many_faults
 from lmd_bench.data.source import (
     BatchItem,
@@ -79,8 +79,7 @@ class FolderSource(BatchSource):
         if self._held_out is None or len(self._held_out) < num_images:
             resample = Image.Resampling.BICUBIC  # the yardstick is one, whatever a row's recipe says
             squares = [
-                center_square(load_rgb(self._index.root / path), self._image_size, resample)
-                for path in paths[:num_images]
+                center_square(self._index.files.load(path), self._image_size, resample) for path in paths[:num_images]
             ]
             self._held_out = _stack(squares).to(self._device)
         return self._held_out[:num_images]
@@ -90,6 +89,7 @@ class FolderSource(BatchSource):
         return {
             "name": "folder",
             "layout": index.layout,
+            "storage": index.files.storage,
             "num_train": index.num_train,
             "num_held_out": len(index.held_out),
             "num_classes": index.num_classes,
@@ -211,7 +211,7 @@ class _FolderBatches:
         seed: int,
         collate: Collate | None,
     ) -> None:
-        self._root = os.fsencode(index.root)
+        self._files = index.files
         # Arrays, since reading Python objects writes their reference counts and so copies forked memory page by page.
         self._paths = np.array([os.fsencode(path) for path in index.train])
         self._labels = None if index.train_labels is None else np.array(index.train_labels, dtype=np.int64)
@@ -253,7 +253,7 @@ class _FolderBatches:
             substitute = candidate % len(self)
             name = os.fsdecode(bytes(self._paths[substitute]))
             try:
-                return load_rgb(os.path.join(os.fsdecode(self._root), name)), substitute
+                return self._files.load(name), substitute
             except ImageFileError as fault:
                 faults[name] = fault.reason
         return None

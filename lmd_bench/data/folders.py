@@ -14,7 +14,9 @@ from functools import cached_property
 from pathlib import Path
 
 from lmd_bench.config import DataConfig
-from lmd_bench.data.decode import EXTENSIONS, ImageFileError, decode
+from lmd_bench.data.decode import EXTENSIONS
+from lmd_bench.data.image_files import ImageFiles, ImageSet
+from lmd_bench.data.lsun import find_records
 from lmd_bench.errors import DataError
 from lmd_bench.seeding import derive_seed
 
@@ -30,9 +32,9 @@ _PIECE = 4096
 
 @dataclass(frozen=True)
 class FolderIndex:
-    """What a scan found. Paths are relative to `root`, with forward slashes."""
+    """What a scan found. Paths are names in `files`: relative to its root, with forward slashes."""
 
-    root: Path
+    files: ImageFiles
     layout: str
     """ "train and val", "class folders" or "flat"."""
     classes: tuple[str, ...] | None
@@ -47,6 +49,10 @@ class FolderIndex:
     """Files that were decoded during the scan."""
     skipped: tuple[tuple[str, str], ...]
     """(path, reason) of the unusable files among those; they are left out."""
+
+    @property
+    def root(self) -> Path:
+        return self.files.root
 
     @property
     def num_train(self) -> int:
@@ -79,8 +85,8 @@ class FolderIndex:
 
     def _piece_digest(self, path: str) -> bytes:
         try:
-            with (self.root / path).open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
+            with self.files.open(path) as file:
+                size = file.seek(0, os.SEEK_END)
                 starts = (0,) if size <= _WHOLE_UP_TO else (0, size // 2, size - _PIECE)
                 digest = hashlib.sha256(str(size).encode())
                 for start in starts:
@@ -101,7 +107,7 @@ class FolderIndex:
 
 
 def scan_folder(path: str | os.PathLike[str], data: DataConfig) -> FolderIndex:
-    """Look through a folder of images: find, check, split.
+    """Look through a folder of images, or LSUN's LMDB folders (`lsun.find_records`): find, check, split.
 
     Layouts: class folders (torchvision's ImageFolder), `train/` and `val/` with either inside, or flat. With `val/`
     the held-out images come from there, otherwise from the images themselves: as many as `data.num_held_out` says,
@@ -111,20 +117,17 @@ def scan_folder(path: str | os.PathLike[str], data: DataConfig) -> FolderIndex:
     unusable.
     """
     root, place = Path(path), f"--data {os.fspath(path)}"
-    images = _find_images(root, place)
-    prefix, val_prefix = _layout(images)
-    train = [p for p in images if p.startswith(prefix)]
-    val = [p for p in images if val_prefix is not None and p.startswith(val_prefix)]
-    inspection = _Inspection(root, place)
-    inspection.look_at(_sample(train + val, data.seed))
-    held_out = _choose_held_out(val if val_prefix is not None else train, val_prefix is None, data, inspection)
+    files, train, val, prefix = find_records(root, place) or _find_files(root, place)
+    inspection = _Inspection(files, place)
+    inspection.look_at(_sample(train + (val or []), data.seed))
+    held_out = _choose_held_out(train if val is None else val, val is None, data, inspection)
     inspection.require_few_faults()
     left = set(held_out) | inspection.faults.keys()
     train = _choose_train([p for p in train if p not in left], data, place)
     classes = _classes(train, prefix)
     return FolderIndex(
-        root=root,
-        layout="train and val" if val_prefix is not None else "flat" if classes is None else "class folders",
+        files=files,
+        layout="train and val" if val is not None else "flat" if classes is None else "class folders",
         classes=classes,
         train=tuple(train),
         train_labels=_labels(train, prefix, classes),
@@ -156,6 +159,14 @@ def describe_faults(faults: Mapping[str, str]) -> str:
 
 
 # -- finding ----------------------------------------------------------------------------------------------------------
+
+
+def _find_files(root: Path, place: str) -> ImageSet:
+    images = _find_images(root, place)
+    prefix, val_prefix = _layout(images)
+    train = [p for p in images if p.startswith(prefix)]
+    val = None if val_prefix is None else [p for p in images if p.startswith(val_prefix)]
+    return ImageSet(ImageFiles(root), train, val, prefix)
 
 
 def _find_images(root: Path, place: str) -> list[str]:
@@ -278,11 +289,11 @@ def _choose_train(usable: Sequence[str], data: DataConfig, place: str) -> list[s
 class _Inspection:
     """Decodes files once and remembers which are unusable."""
 
-    def __init__(self, root: Path, place: str) -> None:
+    def __init__(self, files: ImageFiles, place: str) -> None:
         self.place = place
         self.checked: set[str] = set()
         self.faults: dict[str, str] = {}
-        self._root = root
+        self._files = files
 
     def look_at(self, paths: Sequence[str]) -> bool:
         """Decode those not seen before; True where a new fault was found."""
@@ -290,18 +301,11 @@ class _Inspection:
         workers = min(8, os.cpu_count() or 1)  # decoding releases the interpreter lock
         with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
             warnings.simplefilter("ignore")
-            reasons = list(pool.map(self._fault, new))
+            reasons = list(pool.map(self._files.fault, new))
         self.checked.update(new)
         found = {path: reason for path, reason in zip(new, reasons, strict=True) if reason is not None}
         self.faults.update(found)
         return bool(found)
-
-    def _fault(self, path: str) -> str | None:
-        try:
-            decode(self._root / path)
-        except ImageFileError as fault:
-            return fault.reason
-        return None
 
     def require_few_faults(self) -> None:
         """Raise DataError where more files are unusable than can be passed over."""

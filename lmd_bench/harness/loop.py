@@ -91,8 +91,7 @@ class Trainer:
         if options.compile:
             compile_method(method, options.steps)
         self.optimizer = self._new_optimizer()
-        decay = options.recipe.ema_decay
-        self.average = WeightAverage(method, decay) if decay is not None else None
+        self.average = self._new_average()
         self._trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._losses = torch.zeros(options.log_every_steps, device=options.device)
 
@@ -182,6 +181,13 @@ class Trainer:
         timer.end_step()
         return StepOutput(output.loss.detach(), output.scalars)
 
+    def _new_average(self) -> WeightAverage | None:
+        """The recipe's moving average, starting at the weights as they are."""
+        recipe = self.options.recipe
+        if recipe.ema_decay is None:
+            return None
+        return WeightAverage(self.method, recipe.ema_decay, warmup=recipe.ema_warmup)
+
     def _lr(self, step: int) -> float:
         return lr_at(self.options.recipe, step, self.options.steps, self.options.lr_warmup_steps)
 
@@ -227,8 +233,7 @@ class Trainer:
             for tensor, value in saved:
                 tensor.copy_(value)
         self.optimizer = self._new_optimizer()
-        if self.average is not None:
-            self.average = WeightAverage(self.method, self.options.recipe.ema_decay or 0.0)
+        self.average = self._new_average()
         return wall_s, self._compile_seconds(times) if self.options.compile else None
 
     def _compile_seconds(self, times: list[StepTimes]) -> float:

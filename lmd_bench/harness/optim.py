@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -77,22 +78,32 @@ def _adan_foreach(config: OptimizerConfig, groups: list[dict[str, Any]]) -> bool
 
 def peak_lr(recipe: RecipeConfig) -> float:
     """The learning rate after warm-up: base x batch / per_images."""
-    scale = 1.0 if recipe.lr.per_images is None else recipe.batch_size / recipe.lr.per_images
-    return recipe.lr.base * scale
+    return recipe.lr.base * _batch_scale(recipe)
+
+
+def _batch_scale(recipe: RecipeConfig) -> float:
+    return 1.0 if recipe.lr.per_images is None else recipe.batch_size / recipe.lr.per_images
 
 
 def lr_at(recipe: RecipeConfig, step: int, total_steps: int, warmup_steps: int) -> float:
-    """Learning rate of a step (1 to total_steps): linear from exactly 0, then half a cosine, or constant.
+    """Learning rate of a step (1 to total_steps): linear warm-up, then the recipe's schedule.
 
-    The first step has rate 0 where there is a warm-up, as in MAE's schedule, which is evaluated before each step.
+    The first step has the rate at which the warm-up starts, exactly 0 in MAE's schedule, which is evaluated before
+    each step.
     """
-    peak, done = peak_lr(recipe), step - 1
+    lr, peak, done = recipe.lr, peak_lr(recipe), step - 1
+    bound_scale = _batch_scale(recipe) if lr.scale_bounds else 1.0
     if done < warmup_steps:
-        return peak * done / warmup_steps
-    if recipe.lr.schedule == "constant":
+        start = lr.warmup_start * bound_scale
+        return start + (peak - start) * done / warmup_steps
+    if lr.schedule == "constant":
         return peak
-    progress = (done - warmup_steps) / max(1, total_steps - warmup_steps)
-    return recipe.lr.minimum + (peak - recipe.lr.minimum) * 0.5 * (1 + math.cos(math.pi * progress))
+    begin = warmup_steps if lr.warmup_prefix else 0
+    since, length = done - begin, max(1, total_steps - begin)
+    if lr.schedule == "multistep":
+        return peak * lr.gamma ** bisect_right([round(share * length) for share in lr.milestones], since)
+    minimum = lr.minimum * bound_scale
+    return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * since / length))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -102,16 +113,23 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 class WeightAverage:
-    """Exponential moving average of the trainable weights, from the first step, without bias correction (DDPM)."""
+    """Exponential moving average of the trainable weights, from the first step, without bias correction (DDPM).
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    With `warmup` its n-th update, from 1, decays by min(decay, (1 + n) / (10 + n)), as latent diffusion's does.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, *, warmup: bool = False) -> None:
         self._decay = decay
+        self._warmup = warmup
+        self._updates = 0
         self._weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._average = [weight.detach().clone() for weight in self._weights]
 
     @torch.no_grad()
     def update(self) -> None:
-        torch._foreach_lerp_(self._average, [w.detach() for w in self._weights], 1 - self._decay)
+        self._updates += 1
+        ramp = (1 + self._updates) / (10 + self._updates) if self._warmup else 1.0
+        torch._foreach_lerp_(self._average, [w.detach() for w in self._weights], 1 - min(self._decay, ramp))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from lmd_bench.config import AugmentationConfig, DataConfig
-from lmd_bench.data import folders
+from lmd_bench.data import image_files
 from lmd_bench.data.augment import augmentation_keys, epoch_order, random_crop_boxes, resized_crops
 from lmd_bench.data.folder_source import FolderSource, default_num_workers
 from lmd_bench.data.folders import scan_folder
@@ -345,7 +345,7 @@ def test_closing_stops_the_workers(photos: Path) -> None:
 def test_a_scan_that_was_made_is_not_made_again(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = DataConfig(name="folder", path=str(photos), num_held_out=4, num_workers=0)
     index = scan_folder(photos, data)
-    monkeypatch.setattr(folders, "decode", None)
+    monkeypatch.setattr(image_files, "decode", None)
     assert open_source(data, 32, PLAIN, CPU, index=index).num_train == 36
 
 

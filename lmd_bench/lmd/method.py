@@ -32,7 +32,7 @@ from lmd_bench.lmd.model import (
 from lmd_bench.lmd.pixel_loss import left_out_of_the_graph, parameters_outside_blocks, pixel_loss
 from lmd_bench.lmd.sampling import UNVEIL_ORDERS, Unveiling, UnveilOrder, unveil
 from lmd_bench.lmd.unet import MaskedUNet, MaskedUNetShape, UNetConfig
-from lmd_bench.method import Batch, DataSpec, Method, MethodConfig, StepOutput
+from lmd_bench.method import Batch, DataSpec, MethodConfig, StepOutput
 from lmd_bench.nn.classifier import MaskedAutoencoderClassifier
 from lmd_bench.nn.config import AutoencoderConfig, sizes_of
 from lmd_bench.nn.masked_autoencoder import MaskedAutoencoder
@@ -40,8 +40,8 @@ from lmd_bench.nn.masking import fill_with_visible_mean, pixel_mask, random_ids,
 from lmd_bench.nn.official import load_exactly, shape_of_checkpoint
 from lmd_bench.projector.base import LatentProjector
 from lmd_bench.projector.config import ProjectorConfig, check_projector, weights_digest
+from lmd_bench.projector.latent_method import LatentMethod, NoProjector
 from lmd_bench.projector.open import open_projector
-from lmd_bench.projector.pixels import PixelProjector
 
 
 class LMDConfig(AutoencoderConfig):
@@ -141,12 +141,12 @@ class LMDConfig(AutoencoderConfig):
         return schedule_range(self.mask_schedule, start=self.mask_ratio_start, end=self.mask_ratio_end)
 
 
-class LMD(Method):
+class LMD(LatentMethod):
     """Masked autoencoder on the latents of a frozen projector, its mask ratio rising over training."""
 
     Config: ClassVar[type[MethodConfig]] = LMDConfig
     progressive_orders: ClassVar[tuple[str, ...]] = UNVEIL_ORDERS
-    projector: LatentProjector
+    config: LMDConfig
 
     def __init__(self, config: LMDConfig, data: DataSpec, *, projector: LatentProjector | None = None) -> None:
         """Open the configured projector, or take the one that is given, and build the model."""
@@ -171,11 +171,6 @@ class LMD(Method):
             with torch.device("meta"):
                 check_initial_weights(_network(config, latent_size, info.latent_channels), config.init_weights)
             _check_trained_alike(config, config.init_weights)
-
-    @classmethod
-    def inputs_digest(cls, config: LMDConfig) -> str | None:
-        """The projector's: its weights lie in a folder of their own. None in pixel space."""
-        return None if config.projector.kind == "pixels" else weights_digest(config.projector)
 
     @classmethod
     def plan_text(cls, config: LMDConfig, data: DataSpec) -> str:
@@ -204,17 +199,6 @@ class LMD(Method):
         """
         latents = self.projector.encode(batch.images)
         return (latents, batch.images) if self.config.pixel_loss else latents
-
-    @classmethod
-    def latent_cache(cls, config: LMDConfig) -> ProjectorConfig | None:
-        """The projector, where it is told to read a cache."""
-        return config.projector if config.projector.cache is not None else None
-
-    @property
-    def cached_shape(self) -> tuple[int, ...] | None:
-        """(C, S/f, S/f), None where every step encodes."""
-        shape = self.model.shape
-        return None if self.config.projector.cache is None else (shape.in_channels, shape.input_size, shape.input_size)
 
     def training_step(self, inputs: Tensor | tuple[Tensor, Tensor], *, step: int, total_steps: int) -> StepOutput:
         """Loss on latents under a fresh random mask of this step's ratio, the same for the whole batch.
@@ -284,13 +268,6 @@ class LMD(Method):
         return self._complete(images, pixel_mask(mask, self.data.image_size))
 
     @torch.no_grad()
-    def round_trip(self, images: Tensor) -> Tensor | None:
-        """Images encoded and decoded; None in pixel space."""
-        if self.projector_name is None:
-            return None
-        return self.projector.decode(self.projector.encode(images))
-
-    @torch.no_grad()
     def reconstruct_progressively(
         self, images: Tensor, mask: Tensor, *, levels: int | None, order: str, seeds: Sequence[int]
     ) -> tuple[Tensor, int]:
@@ -351,11 +328,6 @@ class LMD(Method):
         unveiling = self._unveiling(self.config.reconstruct_levels, self.config.unveil_order)
         return unveiling.num_function_evaluations(unveiling.fewest_visible)
 
-    @property
-    def projector_name(self) -> str | None:
-        """Name of the projector, None in pixel space."""
-        return None if isinstance(self.projector, PixelProjector) else self.projector.name
-
     # -- the authors' checkpoints ------------------------------------------------------------------------------------
 
     @classmethod
@@ -383,7 +355,7 @@ class LMD(Method):
             raise ConfigError(f"network: the authors' checkpoints hold a ViT; leave out network {config.network!r}")
         if isinstance(projector, ProjectorConfig):
             projector = open_projector(projector)
-        opened = projector or _NoProjector(shape.in_channels)
+        opened = projector or NoProjector(shape.in_channels, factor=8)
         method = cls(config, DataSpec(image_size or shape.input_size * opened.factor), projector=opened)
         load_exactly(method.model, state_dict)
         return method
@@ -391,19 +363,6 @@ class LMD(Method):
     def to_official(self) -> dict[str, Tensor]:
         """The masked model's weights in the authors' layout; `from_official` of them is this model bit for bit."""
         return dict(self.model.state_dict())
-
-
-class _NoProjector(LatentProjector):
-    """Stands where a checkpoint was loaded without its projector: the model trains on latents that are given."""
-
-    def __init__(self, latent_channels: int) -> None:
-        super().__init__(name="none", factor=8, latent_channels=latent_channels)
-
-    def _encode(self, images: Tensor) -> Tensor:
-        raise WeightsError("LMD was loaded without a projector: give from_official one to encode images")
-
-    def _decode(self, latents: Tensor, *, quantize: bool) -> Tensor:
-        raise WeightsError("LMD was loaded without a projector: give from_official one to decode latents")
 
 
 _HEADS = ("encoder_heads", "decoder_heads")

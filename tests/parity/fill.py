@@ -61,13 +61,21 @@ def filled_state_dict(manifest: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _position_table(shape: list[int]) -> Tensor:
-    return sincos_pos_embed(shape[2], math.isqrt(shape[1] - 1))
+    """A square grid's, with or without a class row in front."""
+    grid_size = math.isqrt(shape[1])
+    return sincos_pos_embed(shape[2], grid_size)[:, grid_size**2 + 1 - shape[1] :]
 
 
 def reference_input(*shape: int) -> Tensor:
     """sin(0.013 i) + 0.5 cos(0.0071 i) in C order, float32."""
     i = np.arange(math.prod(shape), dtype=np.float64)
     values = np.sin(0.013 * i) + 0.5 * np.cos(0.0071 * i)
+    return torch.from_numpy(values.astype(np.float32).reshape(shape))
+
+
+def reference_draw(*shape: int) -> Tensor:
+    """sqrt(2) cos(0.017 i + 0.3), float32: what stands for every draw of normal noise in the diffusion references."""
+    values = math.sqrt(2) * np.cos(0.017 * np.arange(math.prod(shape), dtype=np.float64) + 0.3)
     return torch.from_numpy(values.astype(np.float32).reshape(shape))
 
 

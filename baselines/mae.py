@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from baselines._masked_pixels import MaskedPixelMethod, PixelStatsName
@@ -18,16 +18,32 @@ from lmd_bench.nn.masked_autoencoder import MaskedAutoencoder
 from lmd_bench.nn.masking import pixel_mask, random_ids, token_mask
 from lmd_bench.nn.official import load_exactly, shape_of_checkpoint
 
+_SIZES: dict[str, dict[str, int]] = {
+    "base": {"patch_size": 16, "encoder_width": 768, "encoder_depth": 12, "encoder_heads": 12},
+    "large": {"patch_size": 16, "encoder_width": 1024, "encoder_depth": 24, "encoder_heads": 16},
+    "huge": {"patch_size": 14, "encoder_width": 1280, "encoder_depth": 32, "encoder_heads": 16},
+}
+"""The published encoders (He et al. 2021, sec. 4); all have the same decoder."""
+
 
 class MAEConfig(AutoencoderConfig):
     """Options of MAE; the defaults are ViT-B/16 as published, but for plain targets."""
 
+    size: Literal["base", "large", "huge"] = "base"
+    """One of the published encoders, ViT-B/16, ViT-L/16 or ViT-H/14. Sizes that are given themselves win."""
     patch_size: int = Field(default=16, ge=1)
     """Side of a token, px."""
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
     """Share of tokens hidden; int(L * (1 - mask_ratio)) stay visible."""
     pixel_stats: PixelStatsName = "imagenet"
     """Mean and deviation that pixels are normalised by: ImageNet's, or 0.5 and 0.5 (to [-1, 1])."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        """The sizes of the published encoder."""
+        size = values.get("size", "base") if isinstance(values, dict) else None
+        return {**_SIZES[size], **values} if isinstance(size, str) and size in _SIZES else values
 
 
 class MAE(MaskedPixelMethod):

@@ -70,9 +70,6 @@ class Method(nn.Module, ABC):
 
     Config: ClassVar[type[MethodConfig]]
     """The options a suite may set for this method."""
-    mask_pattern: ClassVar[str | None] = None
-    """Set, in words, where a method cannot take the yardstick's masks: it is then shown as "own mask", not ranked."""
-
     progressive_orders: ClassVar[tuple[str, ...]] = ()
     """Orders in which `reconstruct_progressively` unveils tokens; empty where a method has no levels to walk."""
 
@@ -166,6 +163,20 @@ class Method(nn.Module, ABC):
         return [group for group in groups if group["params"]]
 
     # -- the yardstick --------------------------------------------------------------------------------------------
+
+    @property
+    def mask_pattern(self) -> str | None:
+        """The masks, in words, of a method that cannot take the yardstick's: it is then shown as "own mask", not
+        ranked. None where it takes any mask."""
+        return None
+
+    def own_masks(self, masks: Tensor) -> Tensor:
+        """The masks under which this method is measured, given the yardstick's (N, g, g) bool.
+
+        They are the yardstick's own unless `mask_pattern` says otherwise: then (N, h, h) over square units of another
+        size, the same at every call with N masks.
+        """
+        return masks
 
     @abstractmethod
     def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class YardstickRunner:
         leaking = self._psnr(method, lambda images, mask: method.reconstruct_leaking(images, mask))
         return Yardstick(
             image_size=self._images.shape[-1],
-            unit_px=self._config.unit_px,
+            unit_px=self._images.shape[-1] // method.own_masks(self._masks).shape[-1],
             checks=self.checks,
             own_mask=method.mask_pattern,
             function_evaluations=self._function_evaluations(method),
@@ -103,7 +103,7 @@ class YardstickRunner:
         """Forward passes of one `reconstruct` call under the first image's mask."""
         if not method.progressive_orders:
             return method.num_function_evaluations
-        images, mask = self._chunk(0, 1)
+        images, mask = self._chunk(method, 0, 1)
         with _evaluating(method), torch.no_grad():
             reseed(self._device, self._seed, "yardstick", 0)
             return counted(method, lambda: method.reconstruct(hide(images, mask), mask))[1]
@@ -111,7 +111,7 @@ class YardstickRunner:
     def _psnr(self, method: Method, fill: Filler) -> float | None:
         with _evaluating(method), torch.no_grad():  # in training mode the probe would move running statistics
             reseed(self._device, self._seed, "yardstick", 0)
-            if fill(*self._chunk(0, 1)) is None:
+            if fill(*self._chunk(method, 0, 1)) is None:
                 return None
         return self._measure(method, fill)[0]
 
@@ -122,7 +122,7 @@ class YardstickRunner:
         psnrs, similarities = [], []
         with _evaluating(method):
             for start in range(0, end, self._config.batch_size):
-                images, mask = self._chunk(start, min(end, start + self._config.batch_size))
+                images, mask = self._chunk(method, start, min(end, start + self._config.batch_size))
                 reseed(self._device, self._seed, "yardstick", start)
                 filled = fill(images, mask)
                 if filled is None or filled.shape != images.shape or not bool(torch.isfinite(filled).all()):
@@ -132,9 +132,9 @@ class YardstickRunner:
                 similarities.append(ssim(composite, images))
         return float(torch.cat(psnrs).mean()), float(torch.cat(similarities).mean())
 
-    def _chunk(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+    def _chunk(self, method: Method, start: int, end: int) -> tuple[Tensor, Tensor]:
         images = self._images[start:end].to(self._device).float() / 255
-        return images, self._masks[start:end].to(self._device)
+        return images, method.own_masks(self._masks)[start:end].to(self._device)
 
 
 def counted(method: Method, fill: Callable[[], Tensor]) -> tuple[Tensor, int]:

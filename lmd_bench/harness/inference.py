@@ -194,7 +194,7 @@ class _Bench:
         self.batch = noise_batch(method, batch_size, device, always_images=True)  # a cache holds training images only
         evaluation = config.evaluation
         masks = yardstick_masks(batch_size, config.image_size, evaluation.unit_px, evaluation.keep)
-        self.masks = masks.to(device)
+        self.masks = method.own_masks(masks).to(device)
         self.hidden = hide(self.batch.images, self.masks)
 
     def tasks(self) -> dict[str, Task]:

@@ -40,6 +40,15 @@ class AutoencoderConfig(MethodConfig):
         sizes = self.model_dump(include=set(AutoencoderConfig.model_fields) - {"normalize_targets"})
         return MaskedAutoencoderShape(input_size=input_size, in_channels=in_channels, **sizes)
 
+    def sizes_text(self) -> str:
+        """The network's sizes in words."""
+        parts = (
+            f"{part} of width {getattr(self, f'{part}_width')}, {getattr(self, f'{part}_depth')} blocks and "
+            f"{getattr(self, f'{part}_heads')} heads"
+            for part in ("encoder", "decoder")
+        )
+        return ", ".join(parts)
+
     def check_patch(self, input_size: int, what: str) -> None:
         """Raise ConfigError unless the patch size cuts the map, at least in four. `what` names the map."""
         if input_size % self.patch_size or input_size < 2 * self.patch_size:

@@ -93,7 +93,7 @@ def _heads(part: str, width: int, given: int | None, known: Mapping[int, int]) -
         widths = ", ".join(f"{own} ({count})" for own, count in known.items())
         raise WeightsError(
             f"checkpoint: no published {part} has the width {width}, and weights do not tell its attention heads; "
-            f"known widths (heads): {widths}; give {part}_heads (--{part}-heads)"
+            f"known widths (heads): {widths}; give {part}_heads (--set {part}_heads=N)"
         )
     if heads < 1 or width % heads:
         raise WeightsError(f"checkpoint: {part}_heads: {heads} heads do not divide the {part}'s width {width}")

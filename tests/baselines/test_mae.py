@@ -85,3 +85,37 @@ def test_official_weights_come_back_bit_for_bit() -> None:
     back = method.to_official()
     assert list(back) == list(state)
     assert all(torch.equal(back[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize(
+    ("size", "num_tokens", "width", "depth", "patch_dim"),
+    [("base", 196, 768, 12, 768), ("large", 196, 1024, 24, 768), ("huge", 256, 1280, 32, 588)],
+)
+def test_the_published_sizes_have_the_parameters_of_their_layers(
+    size: str, num_tokens: int, width: int, depth: int, patch_dim: int
+) -> None:
+    with torch.device("meta"):
+        method = MAE(MAEConfig(size=size), DataSpec(224))
+
+    def block(d: int) -> int:
+        return 12 * d**2 + 13 * d  # qkv, proj, two MLP matrices; their biases and two norms
+
+    encoder = patch_dim * width + width + width + (1 + num_tokens) * width + depth * block(width) + 2 * width
+    decoder = width * 512 + 512 + 512 + (1 + num_tokens) * 512 + 8 * block(512) + 2 * 512 + 513 * patch_dim
+    assert sum(p.numel() for p in method.parameters()) == encoder + decoder
+    assert {"base": 111_907_840}.get(size, encoder + decoder) == encoder + decoder
+
+
+@pytest.mark.parametrize(("size", "heads"), [("large", 16), ("huge", 16)])
+def test_larger_official_checkpoints_are_recognised_by_their_widths(size: str, heads: int) -> None:
+    with torch.device("meta"):
+        state = MAE(MAEConfig(size=size), DataSpec(224)).to_official()
+        method = MAE.from_official(state)
+    assert (method.config.encoder_heads, method.config.patch_size) == (heads, 14 if size == "huge" else 16)
+    assert method.data.image_size == 224
+    assert {key: value.shape for key, value in method.to_official().items()} == {k: v.shape for k, v in state.items()}
+
+
+def test_sizes_that_are_given_win_over_the_published_ones() -> None:
+    config = MAEConfig(size="large", encoder_depth=3)
+    assert (config.encoder_width, config.encoder_depth, config.encoder_heads) == (1024, 3, 16)

@@ -59,6 +59,23 @@ class Stepwise(Tiny):
         return torch.full_like(images, 0.5 if levels == 1 else 0.4), levels or 38
 
 
+class OwnMasked(Tiny):
+    """Takes masks of its own alone: the left half of every image hidden, in units of 32 px."""
+
+    @property
+    def mask_pattern(self) -> str:
+        return "left half"
+
+    def own_masks(self, masks: Tensor) -> Tensor:
+        return torch.tensor([[True, False], [True, False]]).expand(len(masks), -1, -1)
+
+    def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
+        assert mask.shape == (len(images), 2, 2)
+        assert not images[..., :32].any(), "hidden pixels must be black"
+        assert images[..., 32:].any()
+        return torch.full_like(images, 0.5)
+
+
 class Broken(Tiny):
     """Reconstructs nothing of use."""
 
@@ -73,6 +90,16 @@ def runner(of: Tensor | None = None) -> YardstickRunner:
 def test_no_hidden_pixel_reaches_a_method_not_even_one_that_looks() -> None:
     looked = runner().check(Peeking(TinyConfig(), DataSpec(64)), 0, 0.0)
     assert looked.psnr_db < 15, "hidden pixels arrive as black, so showing them back is a bad reconstruction"
+
+
+def test_a_method_with_masks_of_its_own_is_measured_under_them() -> None:
+    yardstick = runner()
+    method = OwnMasked(TinyConfig(), DataSpec(64))
+    check = yardstick.check(method, 1, 0.0)
+    summary = yardstick.summary(method)
+    assert (summary.own_mask, summary.unit_px) == ("left half", 32)
+    errors = (images()[..., :32].float() / 255 - 0.5).square().mean(dim=(1, 2, 3))
+    assert check.psnr_db == pytest.approx(float((-10 * errors.log10()).mean()), abs=1e-4)
 
 
 def test_ceiling_leak_and_floor_are_measured_beside_the_reconstruction() -> None:

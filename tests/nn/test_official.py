@@ -30,7 +30,9 @@ def test_heads_that_are_given_win() -> None:
 
 
 def test_other_widths_need_their_heads() -> None:
-    with pytest.raises(WeightsError, match=r"no published encoder has the width 96.*give encoder_heads \(--encoder-h"):
+    with pytest.raises(
+        WeightsError, match=r"no published encoder has the width 96.*give encoder_heads \(--set encoder"
+    ):
         shape_of_checkpoint(state(96, 512))
     with pytest.raises(WeightsError, match=r"no published decoder has the width 128.*known widths \(heads\): 512 \(16"):
         shape_of_checkpoint(state(384, 128))

@@ -39,15 +39,24 @@ def test_every_shipped_suite_is_valid_and_says_where_its_recipes_come_from(name:
     assert suite.reference in suite.methods
 
 
-def test_the_demo_has_the_six_rows() -> None:
-    assert list(load_suite("demo").methods) == ["lmd-us", "lmd-ps", "lmd-cs", "lmd-cs-adan", "mae", "ddpm"]
+MASKED = {"MAE", "SimMIM", "GreenMIM", "UM-MAE", "LMD-PS", "LMD-CS"}
+GENERATIVE = {"DDPM", "iDDPM", "DDIM", "LDM"}
+ABLATIONS = {"w/o LSP", "w/o MAE", "w/o MDS"}
 
 
-def test_in1k_and_ablation_have_every_row_of_tables_1_2_and_5() -> None:
-    rows = {row.published for row in load_suite("in1k").methods.values()}
-    assert rows == {"MAE", "SimMIM", "GreenMIM", "UM-MAE", "LMD-PS", "LMD-CS"}
-    rows = {row.published for row in load_suite("ablation").methods.values()}
-    assert rows == {"LMD", "w/o LSP", "w/o MAE", "w/o MDS"}
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("in1k", MASKED),
+        ("lsun-bedrooms", GENERATIVE | {"LMD"}),
+        ("ablation", ABLATIONS | {"LMD"}),
+        ("demo", MASKED | GENERATIVE | ABLATIONS),
+    ],
+)
+def test_suites_have_every_row_of_their_tables_and_all_are_built(name: str, published: set[str]) -> None:
+    rows = load_suite(name).methods.values()
+    assert {row.published for row in rows if row.published is not None} == published
+    assert [row.label for row in rows if row.planned is not None] == []
 
 
 def test_unknown_keys_are_refused_with_a_near_match_at_any_depth() -> None:
@@ -77,6 +86,20 @@ def test_unknown_keys_are_refused_with_a_near_match_at_any_depth() -> None:
         ({"recipes": {"equal": {"optimizer": {"name": "adan"}}}}, "optimizer adan needs 3 betas in [0, 1)"),
         ({"recipes": {"equal": {"lr_warmup_epochs": 1}}}, "give one of lr_warmup_steps, lr_warmup_epochs"),
         ({"recipes": {"equal": {"augmentation": {"scale": [1, 0.2]}}}}, "augmentation.scale must be two numbers"),
+        (
+            {"recipes": {"equal": {"lr": {"schedule": "multistep"}}}},
+            "lr.milestones belong to schedule multistep, got []",
+        ),
+        ({"recipes": {"equal": {"lr": {"milestones": [0.5]}}}}, "belong to schedule multistep, got [0.5] for cosine"),
+        (
+            {"recipes": {"equal": {"lr": {"schedule": "multistep", "milestones": [0.9, 0.5]}}}},
+            "lr.milestones must ascend between 0 and 1, got [0.9, 0.5]",
+        ),
+        (
+            {"recipes": {"equal": {"lr": {"warmup_start": 1e-6}, "lr_warmup_steps": None}}},
+            "lr.warmup_start needs a warm-up",
+        ),
+        ({"recipes": {"equal": {"ema_warmup": True}}}, "ema_warmup needs the average's ema_decay"),
         ({"precision": "fp8"}, "precision: Input should be 'fp32' or 'bf16', got 'fp8'"),
     ],
 )
@@ -212,4 +235,7 @@ def test_the_digest_changes_with_what_is_computed_and_not_with_names() -> None:
     assert base.digest() != RunConfig(**{**values, "code": "abc"}).digest()
     assert base.digest() != RunConfig(**{**values, "inputs": "abc"}).digest()
     assert base.digest() != RunConfig(**{**values, "steps": 4}).digest()
+    averaged = suite.recipes["equal"].model_copy(update={"ema_decay": 0.9})
+    warmed = averaged.model_copy(update={"ema_warmup": True})
+    assert len({RunConfig(**{**values, "recipe": recipe}).digest() for recipe in (averaged, warmed)}) == 2
     assert base.digest() != RunConfig(**{**values, "options": {"patch_size": 8}}).digest()

@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from lmd_bench.checkpoints.official import OfficialRequest, open_official_method
 from lmd_bench.cli import main
 from lmd_bench.config import DataConfig, RunConfig
 from lmd_bench.data.decode import center_square
 from lmd_bench.data.folders import scan_folder
 from lmd_bench.data.yardstick import yardstick_masks
-from lmd_bench.errors import ConfigError, DataError, WeightsError
+from lmd_bench.errors import ConfigError, DataError
 from lmd_bench.harness.evaluate import YardstickRunner
 from lmd_bench.harness.inference import counted_evaluations, most_common
 from lmd_bench.harness.weights import WEIGHTS_FILE, file_sha256, save_weights
@@ -44,7 +45,7 @@ OPTIONS = {
     "lmd": {"projector": {"kind": "kl", "path": "shipped:scenes-kl-f8"}, "patch_size": 1, **SIZES},
     "mae": {"patch_size": 8, **SIZES},
     "ddpm": {
-        "block_out_channels": [8, 8], "attention_levels": [1], "num_train_timesteps": 10, "norm_num_groups": 4,
+        "block_out_channels": [8, 8], "attention_levels": [1], "num_train_timesteps": 40, "norm_num_groups": 4,
         "layers_per_block": 1, "num_inference_steps": 2,
     },
 }  # fmt: skip
@@ -469,24 +470,27 @@ def test_a_method_of_normalised_targets_is_refused_with_the_reason(tmp_path: Pat
 
 # -- the authors' checkpoints -----------------------------------------------------------------------------------------
 
-HEADS = {"encoder_heads": 2, "decoder_heads": 4}
+HEADS = ("encoder_heads=2", "decoder_heads=4")
 """They leave no trace in weights, and these are of no published model."""
 
 
-def save_official(file: Path, *, norm_pix_loss: bool | None) -> Path:
+def save_official(file: Path, *, norm_pix_loss: bool) -> Path:
     method_class = load_method("lmd", {})
-    options = {**OPTIONS["lmd"], **HEADS, "encoder_width": 48, "decoder_width": 64}
+    heads = {"encoder_heads": 2, "decoder_heads": 4}
+    options = {**OPTIONS["lmd"], **heads, "encoder_width": 48, "decoder_width": 64}
     method = method_class(method_class.Config.model_validate(options), DataSpec(32))
-    contents: dict[str, object] = {"model": method.model.state_dict(), "epoch": 3}
-    if norm_pix_loss is not None:
-        contents["args"] = argparse.Namespace(norm_pix_loss=norm_pix_loss, lr=1e-3)
-    torch.save(contents, file)
+    arguments = argparse.Namespace(norm_pix_loss=norm_pix_loss, lr=1e-3)
+    torch.save({"model": method.to_official(), "epoch": 3, "args": arguments}, file)
     return file
 
 
+def opened_official(file: Path) -> Checkpoint:
+    request = OfficialRequest(file, "lmd", HEADS, projector="shipped:scenes-kl-f8")
+    return open_official(open_official_method(request), CPU)
+
+
 def test_an_authors_checkpoint_of_plain_targets_reconstructs(tmp_path: Path, photos: Path) -> None:
-    file = save_official(tmp_path / "x.pth", norm_pix_loss=False)
-    checkpoint = open_official(file, "lmd", CPU, **HEADS, projector="shipped:scenes-kl-f8")
+    checkpoint = opened_official(save_official(tmp_path / "x.pth", norm_pix_loss=False))
     assert (checkpoint.image_size, checkpoint.token_px, checkpoint.unit_px) == (32, 8, 8)
     (row,) = reconstruct(checkpoint, read_pictures([photos / "b.jpg"], 32), Request(levels=2), tmp_path / "out")
     assert row.tokens == 16
@@ -494,46 +498,10 @@ def test_an_authors_checkpoint_of_plain_targets_reconstructs(tmp_path: Path, pho
         held_out_pictures(checkpoint, 5)
 
 
-def test_an_authors_checkpoint_of_normalised_or_unknown_targets_is_refused(tmp_path: Path) -> None:
+def test_an_authors_checkpoint_of_normalised_targets_is_refused(tmp_path: Path) -> None:
     file = save_official(tmp_path / "x.pth", norm_pix_loss=True)
-    with pytest.raises(ConfigError, match="trained on normalised targets"):
-        open_official(file, "lmd", CPU, **HEADS, projector="shipped:scenes-kl-f8")
-    file = save_official(tmp_path / "x.pth", norm_pix_loss=None)
-    with pytest.raises(ConfigError, match="say --plain-targets or --normalized-targets"):
-        open_official(file, "lmd", CPU, **HEADS, projector="shipped:scenes-kl-f8")
-    open_official(file, "lmd", CPU, **HEADS, projector="shipped:scenes-kl-f8", normalized_targets=False)
-    with pytest.raises(ConfigError, match="name one with --projector"):
-        open_official(file, "lmd", CPU, **HEADS, normalized_targets=False)
-
-
-class Harmful:
-    """What a pickle could run."""
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return print, ("run",)
-
-
-def test_checkpoints_are_loaded_without_running_what_they_hold(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    torch.save({"model": Harmful()}, tmp_path / "x.pth")
-    with pytest.raises(WeightsError, match="not a PyTorch checkpoint of plain tensors"):
-        open_official(tmp_path / "x.pth", "lmd", CPU)
-    assert "run" not in capsys.readouterr().out
-    for junk in (b"hello world", b"no checkpoint", b"", b"PK\x03\x04 broken", bytes(range(256)), b"\x80\x02."):
-        (tmp_path / "x.pth").write_bytes(junk)
-        with pytest.raises(WeightsError, match="not a PyTorch checkpoint of plain tensors") as caught:
-            open_official(tmp_path / "x.pth", "lmd", CPU)
-        assert "weights_only" not in str(caught.value)
-    for wrong in ({"x": 1}, {1: torch.zeros(1)}):
-        torch.save({"model": wrong}, tmp_path / "x.pth")
-        with pytest.raises(WeightsError, match="holds no mapping of tensors"):
-            open_official(tmp_path / "x.pth", "lmd", CPU)
-    torch.save({"model": {"x": torch.zeros(1)}}, tmp_path / "x.pth")
-    with pytest.raises(ConfigError, match="has no official checkpoint layout"):
-        open_official(tmp_path / "x.pth", "ddpm", CPU, normalized_targets=False)
-    with pytest.raises(WeightsError, match=r"x\.pth: checkpoint: patch_embed"):
-        open_official(tmp_path / "x.pth", "lmd", CPU, normalized_targets=False)
+    with pytest.raises(ConfigError, match=r"x\.pth: this method cannot reconstruct pixels: normalised targets"):
+        opened_official(file)
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -544,35 +512,8 @@ def save_vit_ti(file: Path) -> Path:
     method_class = load_method("mae", {})
     widths = {"encoder_width": 192, "decoder_width": 512, "encoder_heads": 3, "decoder_heads": 16}
     options = method_class.Config.model_validate({**OPTIONS["mae"], **widths})
-    method = method_class(options, DataSpec(32))
-    torch.save({"model": {name[6:]: value for name, value in method.state_dict().items()}}, file)
+    torch.save({"model": method_class(options, DataSpec(32)).to_official()}, file)
     return file
-
-
-def test_an_authors_checkpoint_takes_the_heads_of_the_published_model_of_its_width(tmp_path: Path) -> None:
-    save_vit_ti(tmp_path / "x.pth")
-    opened = open_official(tmp_path / "x.pth", "mae", CPU, normalized_targets=False)
-    assert (
-        opened.shape_text == "encoder of width 192, 1 blocks and 3 heads, decoder of width 512, 1 blocks and 16 heads"
-    )
-    opened = open_official(tmp_path / "x.pth", "mae", CPU, normalized_targets=False, encoder_heads=12)
-    assert opened.shape_text.startswith("encoder of width 192, 1 blocks and 12 heads")
-
-
-def test_an_authors_checkpoint_of_another_width_needs_its_heads(tmp_path: Path) -> None:
-    file = save_official(tmp_path / "x.pth", norm_pix_loss=False)
-    with pytest.raises(WeightsError, match=r"x\.pth: .*no published encoder has the width 48.*give encoder_heads"):
-        open_official(file, "lmd", CPU, projector="shipped:scenes-kl-f8")
-
-
-@pytest.mark.parametrize("option", ["projector", "encoder_heads"])
-def test_options_that_a_method_does_not_have_are_refused_in_words(tmp_path: Path, option: str) -> None:
-    name, message = {
-        "projector": ("mae", "--projector x: MAE works on pixels, without a projector; leave it out"),
-        "encoder_heads": ("ddpm", "--encoder-heads x: DDPM has no such heads; leave it out"),
-    }[option]
-    with pytest.raises(ConfigError, match=message):
-        open_official(tmp_path / "x.pth", name, CPU, **{option: "x"})  # type: ignore[arg-type]
 
 
 @dataclass
@@ -622,8 +563,9 @@ def test_the_command_fills_held_out_images_and_draws_figure_6_beside_the_weights
         (("--order", "raster"), "--order raster: orders are random, confidence"),
         (("--order", "confidence"), "--order confidence: an order is for several predictions; give --levels"),
         (("--levels", "1", "--order", "random"), "--order random: an order is for several predictions"),
-        (("--encoder-heads", "2"), "belong to --method"),
-        (("--plain-targets",), "belong to --method"),
+        (("--set", "encoder_heads=2"), "belong to --method"),
+        (("--projector", "x"), "belong to --method"),
+        (("--ema",), "belong to --method"),
         (("absent.png",), "absent.png: no such image file or folder"),
         (("--mask-image", "absent.png"), "absent.png: no such mask image"),
         (("--figure6", "--mask-image", "absent.png"), "absent.png: no such mask image"),
@@ -650,10 +592,14 @@ def test_the_command_says_which_heads_an_authors_checkpoint_was_loaded_with(
     tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = save_vit_ti(tmp_path / "x.pth")
-    words = ("reconstruct", photos / "a.png", "--checkpoint", file, "--method", "mae", "--plain-targets")
-    done = lmd_bench(monkeypatch, capsys, *words, "--encoder-heads", 6, "--device", "cpu", "--out", tmp_path / "out")
+    words = ("reconstruct", photos / "a.png", "--checkpoint", file, "--method", "mae", "--set", "encoder_heads=6")
+    words = (*words, "--set", "normalize_targets=false", "--device", "cpu", "--out", tmp_path / "out")
+    done = lmd_bench(monkeypatch, capsys, *words)
     assert done.code == 0, done.err
-    assert "x.pth: encoder of width 192, 1 blocks and 6 heads, decoder of width 512, 1 blocks and 16 heads" in done.out
+    assert (
+        "x.pth: encoder of width 192, 1 blocks and 6 heads, decoder of width 512, 1 blocks and 16 heads, for"
+        in done.out
+    )
 
 
 # -- sampling ---------------------------------------------------------------------------------------------------------

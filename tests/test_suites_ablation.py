@@ -62,6 +62,14 @@ def test_an_ablation_takes_away_one_part_and_changes_nothing_else(row: str) -> N
     assert suite.methods[row].base == "lmd-cs"
 
 
+@pytest.mark.parametrize("row", ABLATIONS)
+def test_the_demo_takes_away_the_same_parts(row: str) -> None:
+    suite = load_suite("demo")
+    found = changed(suite.methods["lmd-cs"], suite.methods[row])
+    assert {name for name in found if not name.startswith("options.unet.")} == ABLATIONS[row]
+    assert suite.methods[row].base == "lmd-cs"
+
+
 def test_every_ablation_is_built() -> None:
     assert [name for name, row in load_suite("ablation").methods.items() if row.planned is not None] == []
 

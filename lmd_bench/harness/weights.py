@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lmd_bench.config import RunConfig
+from lmd_bench.config import ImportedConfig, RunConfig
 from lmd_bench.errors import WeightsError
 from lmd_bench.method import DataSpec, Method
 from lmd_bench.nn.official import load_exactly
@@ -28,18 +28,21 @@ from lmd_bench.registry import code_digest, load_method
 
 WEIGHTS_FILE = "weights.safetensors"
 _FORMAT = "lmd-bench method 1"
+_RUN, _IMPORTED = "run", "imported"
+"""Where weights come from: a run of this program, or an authors' checkpoint."""
 
 
-def save_weights(method: Method, path: Path, config: RunConfig) -> SavedWeights:
+def save_weights(method: Method, path: Path, config: RunConfig | ImportedConfig) -> SavedWeights:
     """Write the method's state but for its frozen projector, in one piece: a file is there complete or not at all.
 
-    The metadata holds the cell's configuration, the data's number of classes, and a digest of the projector's weights,
-    for `load_method_weights`. Numbers keep their format.
+    The metadata holds the cell's configuration (or what is known of imported weights), the data's number of classes,
+    and a digest of the projector's weights, for `load_method_weights`. Numbers keep their format.
     """
-    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in _own_state(method).items()}
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in own_state(method).items()}
     projector = _projector_config(method)
     metadata = {
         "format": _FORMAT,
+        "origin": _RUN if isinstance(config, RunConfig) else _IMPORTED,
         "config": config.model_dump_json(),
         "num_classes": json.dumps(method.data.num_classes),
         "projector_digest": "" if projector is None else weights_digest(projector),
@@ -60,7 +63,9 @@ def save_weights(method: Method, path: Path, config: RunConfig) -> SavedWeights:
     return SavedWeights(file=path.name, sha256=digest, num_bytes=path.stat().st_size)
 
 
-def load_method_weights(path: Path, added: Mapping[str, str] | None = None) -> tuple[Method, RunConfig]:
+def load_method_weights(
+    path: Path, added: Mapping[str, str] | None = None
+) -> tuple[Method, RunConfig | ImportedConfig]:
     """The method of a finished cell, on the CPU in evaluation mode, and the cell's configuration.
 
     `path` is the cell's folder or the file itself; `added` maps names of a user's own methods to `file.py:Class`.
@@ -83,7 +88,7 @@ def load_method_weights(path: Path, added: Mapping[str, str] | None = None) -> t
     method_class.check(options, data)
     _require_projector(file, getattr(options, "projector", None), stored.projector_digest)
     method = method_class(options, data)
-    kept = {name: value for name, value in method.state_dict().items() if name not in _own_state(method)}
+    kept = {name: value for name, value in method.state_dict().items() if name not in own_state(method)}
     foreign = [name for name in stored.tensors if name in kept]
     if foreign:
         raise WeightsError(f"{file}: holds weights of the frozen projector ({foreign[0]}), which has its own folder")
@@ -111,7 +116,7 @@ def expected_bytes(method_class: type[Method], options: Any, data: DataSpec) -> 
             method = method_class(options, data)
     except Exception:  # only an estimate: whatever a method does in its constructor
         return None
-    return sum(value.numel() * value.element_size() for value in _own_state(method).values())
+    return sum(value.numel() * value.element_size() for value in own_state(method).values())
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
@@ -122,7 +127,7 @@ class _Stored:
     """A weights file as read."""
 
     tensors: dict[str, Tensor]
-    config: RunConfig
+    config: RunConfig | ImportedConfig
     num_classes: int | None
     projector_digest: str
 
@@ -134,10 +139,11 @@ def _read(file: Path) -> _Stored:
             if metadata.get("format") != _FORMAT:
                 raise WeightsError(
                     f"{file}: not weights of a finished cell (format {metadata.get('format')!r}, wanted {_FORMAT!r}); "
-                    "for an authors' checkpoint say --method"
+                    "for an authors' checkpoint say --method, or import it with `lmd-bench checkpoint import`"
                 )
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-        config = RunConfig.model_validate_json(metadata["config"])
+        kind = ImportedConfig if metadata.get("origin") == _IMPORTED else RunConfig
+        config = kind.model_validate_json(metadata["config"])
         return _Stored(tensors, config, json.loads(metadata["num_classes"]), metadata["projector_digest"])
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{file}: cannot be read as safetensors ({error}); run the cell again") from error
@@ -146,7 +152,7 @@ def _read(file: Path) -> _Stored:
         raise WeightsError(f"{file}: made by another version of lmd-bench ({reason}); run the cell again") from error
 
 
-def _require_code(file: Path, config: RunConfig, added: Mapping[str, str]) -> None:
+def _require_code(file: Path, config: RunConfig | ImportedConfig, added: Mapping[str, str]) -> None:
     if config.method in added and code_digest(added[config.method]) != config.code:
         raise WeightsError(f"{file}: {added[config.method]} has changed since these weights were trained")
 
@@ -162,8 +168,8 @@ def _require_projector(file: Path, projector: ProjectorConfig | None, digest: st
         )
 
 
-def _own_state(method: Method) -> dict[str, Tensor]:
-    """The state dict without what belongs to frozen projectors."""
+def own_state(method: Method) -> dict[str, Tensor]:
+    """A method's state dict without what belongs to frozen projectors."""
     prefixes = tuple(f"{name}." for name, module in method.named_modules() if isinstance(module, LatentProjector))
     return {name: value for name, value in method.state_dict().items() if not (prefixes and name.startswith(prefixes))}
 

@@ -19,11 +19,11 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
+from lmd_bench.checkpoints.files import read_checkpoint
 from lmd_bench.errors import WeightsError
 from lmd_bench.nn.official import listed, misfits
 from lmd_bench.projector.config import WEIGHTS_FILE
 from lmd_bench.projector.discriminator import PatchDiscriminator
-from lmd_bench.projector.weight_files import read_tensors
 
 _EXPECTED = "expected the layout of taming-transformers or latent-diffusion"
 _NORM_GROUPS = 32
@@ -201,7 +201,7 @@ def import_checkpoint(path: Path, out: Path) -> ImportReport:
         raise WeightsError(f"{out}: a folder is made and takes this name; give one that is not there yet")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise WeightsError(f"{out}: exists already; name a folder that does not, or is empty")
-    state_dict = read_tensors(path)
+    state_dict = read_checkpoint(path).tensors
     try:
         weights, used, scaling_factor = _autoencoder_part(state_dict)
         kind: Literal["vq", "kl"] = "vq" if _CODEBOOK in weights else "kl"

@@ -11,8 +11,8 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
+from lmd_bench.checkpoints.files import one_line, read_checkpoint
 from lmd_bench.errors import WeightsError
-from lmd_bench.projector.weight_files import one_line, read_tensors
 
 PerceptualNet = Literal["vgg", "alex"]
 
@@ -79,8 +79,8 @@ class PerceptualDistance(nn.Module):
             obstacle = perceptual_obstacle(net, trunk_weights)
             if obstacle is not None:
                 raise WeightsError(obstacle)
-            trunk = read_tensors(trunk_weights or _default_trunk(net))
-        return cls(net, trunk, read_tensors(_heads_file(net)))
+            trunk = read_checkpoint(trunk_weights or _default_trunk(net)).tensors
+        return cls(net, trunk, read_checkpoint(_heads_file(net)).tensors)
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
         """Two batches of images (B, 3, H, W) in [-1, 1] -> distances (B,) >= 0, float32.

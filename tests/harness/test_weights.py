@@ -24,7 +24,7 @@ SIZES = {
 LATENT = {"projector": {"kind": "kl", "path": "shipped:scenes-kl-f8"}, "patch_size": 2, **SIZES}
 PIXELS = {"patch_size": 8, **SIZES}
 UNET = {
-    "block_out_channels": [8, 8], "attention_levels": [1], "num_train_timesteps": 10, "norm_num_groups": 4,
+    "block_out_channels": [8, 8], "attention_levels": [1], "num_train_timesteps": 40, "norm_num_groups": 4,
     "layers_per_block": 1, "num_inference_steps": 2,
 }  # fmt: skip
 CASES = {"lmd": LATENT, "mae": PIXELS, "ddpm": UNET}

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from lmd_bench.cli import app, lsp_train
+from lmd_bench.cli import app
+from lmd_bench.cli.lsp import lsp_train
 from lmd_bench.projector import train
 from lmd_bench.projector.train_config import LSPTrainOptions, option_texts, resolve
 

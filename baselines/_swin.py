@@ -111,10 +111,6 @@ class WindowOrder:
         """Whether this is the plain raster order."""
         return self.window >= self.grid and not self.shift
 
-    @property
-    def num_windows(self) -> int:
-        return max(self.grid // self.window, 1) ** 2
-
     def cut(self, grid: Tensor) -> Tensor:
         """Values of a grid (g, g) as (windows, tokens of a window)."""
         side = min(self.window, self.grid)

@@ -198,6 +198,8 @@ class SimMIM(MaskedPixelMethod):
         Sizes are read off the tensors. `options` are those of `SimMIMConfig`; what is given in `backbone` wins over
         what is read. Raises WeightsError where the tensors are not SimMIM's, and naming keys that do not fit.
         """
+        if "encoder.mask_token" not in state_dict:
+            raise WeightsError("checkpoint: no key encoder.mask_token: not a pre-training checkpoint of SimMIM")
         read = _read_vit if "encoder.cls_token" in state_dict else _read_swin
         sizes, image_size = read(state_dict)
         config = SimMIMConfig(**{**options, "backbone": {**sizes, **_as_dict(options.get("backbone", {}))}})

@@ -53,6 +53,22 @@ def test_attention_with_a_bias_is_torchs(windows: int) -> None:
         torch.testing.assert_close(own, torchs)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("windows", [1, 4])
+def test_attention_on_a_gpu_is_that_on_a_cpu(windows: int) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 4, 36, 3 * 64), torch.randn(windows, 2, 36, 36), torch.randn(2, 4, 36, 64)
+    results = []
+    for device in ("cpu", "cuda"):
+        qkv, bias, weight = (tensor.to(device) for tensor in inputs)
+        leaves = qkv.requires_grad_(), bias.requires_grad_()
+        attended = biased_attention(*leaves, 2)
+        results.append([attended.detach().cpu(), *(g.cpu() for g in torch.autograd.grad(attended, leaves, weight))])
+    for on_cpu, on_gpu in zip(*results, strict=True):
+        torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_an_order_holds_every_token_once_and_windows_one_after_another(order: WindowOrder) -> None:
     ids = order.ids()

@@ -71,7 +71,7 @@ class BatchSource(ABC):
     def with_collate(self, collate: Collate) -> Self:
         """The same images with a method's bound `collate`; the base class's, which makes nothing, is not called."""
         other = copy.copy(self)
-        other._collate = _own_collate(collate)
+        other._collate = own_collate(collate)
         return other
 
     def batches(self, batch_size: int, seed: int, start_step: int = 1) -> Generator[Batch, None, None]:
@@ -204,7 +204,8 @@ class _EpochPlan(NamedTuple):
         return cls(order, order.to(device, non_blocking=True), moved(flips), moved(boxes))
 
 
-def _own_collate(collate: Collate | None) -> Collate | None:
+def own_collate(collate: Collate | None) -> Collate | None:
+    """A method's `collate`, None where it is the base class's, which makes nothing."""
     return None if getattr(collate, "__func__", None) is Method.collate else collate
 
 
@@ -221,7 +222,7 @@ def open_source(
     Scenes are made here, once, on `device`. A folder is scanned unless its `index` is given. `collate` is the method's
     own, bound; that of the base class, which makes nothing, is not called. Raises DataError.
     """
-    collate = _own_collate(collate)
+    collate = own_collate(collate)
     augmentation = resolve_crop(augmentation, data)
     if data.name == "scenes":
         return _open_scenes(data, image_size, augmentation, device, collate)

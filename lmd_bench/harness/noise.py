@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from lmd_bench.data.source import collate_generator, own_collate
 from lmd_bench.method import Batch, Method
 
 NUM_CLASSES = 1000
@@ -19,30 +22,46 @@ def noise_batch(
 
     Images uniform in [0, 1], or latents of unit variance for a row that reads a cache, but for `always_images`.
     """
-    size = method.data.image_size
+    samples = _samples(method, batch_size, seed)
+    labels = torch.tensor([label for _, label in samples])
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8, generator=generator)
-    labels = torch.arange(batch_size) % (method.data.num_classes or NUM_CLASSES)
-    samples = list(zip(images, labels.tolist(), strict=True))
     extra = {name: tensor.to(device) for name, tensor in method.collate(samples, generator).items()}
     if method.cached_shape is not None and not always_images:
         latents = torch.randn((batch_size, *method.cached_shape), generator=generator).to(device)
         return Batch(torch.empty(0, device=device), labels.to(device), extra, prepared=latents)
+    images = torch.stack([image for image, _ in samples])
     return Batch(images.to(device).float() / 255, labels.to(device), extra)
+
+
+def _samples(method: Method, batch_size: int, seed: int) -> list[tuple[Tensor, int | None]]:
+    size, num_classes = method.data.image_size, method.data.num_classes or NUM_CLASSES
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8, generator=generator)
+    return [(image, number % num_classes) for number, image in enumerate(images)]
 
 
 @dataclass(frozen=True)
 class NoiseSource:
-    """Endless batches of the same noise, gathered anew for every step."""
+    """Endless batches of the same noise, gathered anew for every step.
+
+    What the method's own `collate` makes, such as GreenMIM's groups, is made anew too, as each step of a run has its
+    own: within the step, where a run may have data workers for it.
+    """
 
     method: Method
     device: torch.device
 
     def batches(self, batch_size: int, seed: int, start_step: int = 1) -> Generator[Batch, None, None]:
+        """Batches for steps `start_step`, `start_step` + 1, ..., on the device."""
         batch = noise_batch(self.method, batch_size, self.device, seed)
         order = torch.arange(batch_size, device=self.device)
-        while True:
+        samples, collate = _samples(self.method, batch_size, seed), own_collate(self.method.collate)
+        for step in itertools.count(start_step):
+            extra = batch.extra
+            if collate is not None:
+                made = collate(samples, collate_generator(seed, step))
+                extra = {name: tensor.to(self.device, non_blocking=True) for name, tensor in made.items()}
             if batch.prepared is not None:
-                yield Batch(batch.images, batch.labels, batch.extra, batch.prepared[order])
+                yield Batch(batch.images, batch.labels, extra, batch.prepared[order])
             else:
-                yield Batch(batch.images[order], batch.labels, batch.extra)
+                yield Batch(batch.images[order], batch.labels, extra)

@@ -4,7 +4,6 @@ for relative positions that all blocks share, learned gains on the branches; wit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -32,13 +31,17 @@ class ViTOptions(MethodConfig):
     """Sizes of the ViT encoder; the defaults are SimMIM's ViT-B/16."""
 
     kind: Literal["vit"] = "vit"
+    """A ViT, which these options are of."""
     patch_size: int = Field(default=16, ge=1)
     """Side of a patch, px."""
     embed_dim: int = Field(default=768, ge=1)
+    """Width of the tokens."""
     depth: int = Field(default=12, ge=1)
+    """Blocks."""
     num_heads: int = Field(default=12, ge=1)
     """Attention heads; they divide `embed_dim`."""
     mlp_ratio: float = Field(default=4.0, gt=0)
+    """Hidden width of the MLPs as a multiple of the width."""
     layer_scale: float = 0.1
     """Where the learned gains on the branches start."""
     drop_path: float = Field(default=0.1, ge=0, lt=1)
@@ -49,6 +52,10 @@ class ViTOptions(MethodConfig):
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim must be divisible by num_heads, got {self.embed_dim}, {self.num_heads}")
         return self
+
+    def sizes_text(self) -> str:
+        """The network's sizes in words."""
+        return f"vit of width {self.embed_dim}, {self.depth} blocks and {self.num_heads} heads"
 
     @property
     def width(self) -> int:
@@ -183,7 +190,7 @@ class ViTEncoder(nn.Module):
         features: Tensor = self.norm(x if wanted is not None else x[:, 1:])
         return features
 
-    def classifier(self, to_map: Callable[[Tensor], Tensor], num_classes: int) -> ImageClassifier:
+    def classifier(self, to_map: nn.Module, num_classes: int) -> ImageClassifier:
         """The encoder, which it shares, as a classifier; `to_map` normalises images."""
         return ViTClassifier(self, to_map, num_classes)
 
@@ -196,8 +203,8 @@ class ViTEncoder(nn.Module):
 class ViTClassifier(ImageClassifier):
     """The authors' form for fine-tuning: patches are averaged, without the class token, before a norm of their own."""
 
-    def __init__(self, encoder: ViTEncoder, to_map: Callable[[Tensor], Tensor], num_classes: int) -> None:
-        super().__init__(encoder.norm.normalized_shape[0], num_classes)
+    def __init__(self, encoder: ViTEncoder, to_map: nn.Module, num_classes: int) -> None:
+        super().__init__(encoder.norm.normalized_shape[0], num_classes, encoder.cls_token.device)
         self.patch_size, self.to_map = encoder.patch_size, to_map
         self.cls_token, self.patch_embed = encoder.cls_token, encoder.patch_embed
         self.rel_pos_bias, self.blocks = encoder.rel_pos_bias, encoder.blocks

@@ -13,7 +13,7 @@ from baselines._diffusion import DiffusionConfig, DiffusionMethod
 from baselines._unet import build_unet
 from lmd_bench.errors import WeightsError
 from lmd_bench.method import DataSpec
-from lmd_bench.nn.official import listed, misfits
+from lmd_bench.nn.official import reading_sizes, require_fit
 
 _RESNET = {
     "norm1": "norm1",
@@ -24,8 +24,13 @@ _RESNET = {
     "nin_shortcut": "conv_shortcut",
 }
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-_PUBLISHED_SIZE_PX = {4: 32, 5: 64, 6: 256}
-"""Levels -> image size of the repository's configs: CIFAR-10, CelebA, LSUN."""
+_PUBLISHED: dict[tuple[int, ...], dict[str, Any]] = {
+    (128, 256, 256, 256): {"image_size": 32, "dropout": 0.1, "variance": "fixed_large"},
+    (128, 256, 256, 256, 512): {"image_size": 64, "dropout": 0.1, "variance": "fixed_large"},
+    (128, 128, 256, 256, 512, 512): {"image_size": 256},
+}
+"""What the weights of a released model do not tell, by its channels: CIFAR-10, CelebA, LSUN (the repository's configs);
+image size (px), and what differs from the defaults here."""
 
 
 class PortedUNetMethod(DiffusionMethod):
@@ -42,16 +47,20 @@ class PortedUNetMethod(DiffusionMethod):
         """The method with the weights of a checkpoint of the DDIM repository.
 
         Channels, attention and depth are read off the tensors. `options` are those of the method's config, and win;
-        `image_size` (px) leaves no trace in the weights: left out, it is that of the repository's model with as many
-        levels (4: 32, 5: 64, 6: 256). Raises WeightsError for other depths, and naming keys that do not fit.
+        with `image_size` (px), dropout and DDPM's variance leave no trace in the weights: left out, they are those of
+        the released model of these channels. Raises WeightsError for other channels without `image_size`, for sizes
+        that make no model, and naming keys that do not fit.
         """
         sizes = sizes_of_checkpoint(state_dict)
-        levels = len(sizes["block_out_channels"])
-        size = image_size or _PUBLISHED_SIZE_PX.get(levels)
+        released = _PUBLISHED.get(sizes["block_out_channels"], {})
+        size = image_size or released.get("image_size")
         if size is None:
-            raise WeightsError(f"checkpoint: no published model has {levels} levels; give image_size")
-        config: Any = cls.Config(**{**sizes, **options})
-        method = cls(config, DataSpec(size))
+            channels = list(sizes["block_out_channels"])
+            raise WeightsError(f"checkpoint: no published model has the channels {channels}; give image_size")
+        known = {name: value for name, value in released.items() if name in cls.Config.model_fields}
+        with reading_sizes():
+            config: Any = cls.Config(**{**known, **sizes, **options})
+            method = cls(config, DataSpec(size))
         load_checkpoint(method.unet, state_dict)
         return method
 
@@ -66,9 +75,11 @@ def sizes_of_checkpoint(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     """Options of `UNetOptions` that can be read off a checkpoint. Raises WeightsError where it has no such layout."""
     channels = _numbered(state_dict, r"down\.(\d+)\.block\.0\.conv1\.weight")
     if not channels or list(channels) != list(range(len(channels))):
+        missing = next(level for level in range(len(channels) + 1) if level not in channels)
         raise WeightsError(
-            "checkpoint: no keys down.0.block.0.*; expected the layout of github.com/ermongroup/ddim: give the mapping "
-            "of tensors itself, the first entry of the authors' list or, for averaged weights, the last"
+            f"checkpoint: down.{missing}.block.0.conv1.weight is missing; expected the layout of "
+            "github.com/ermongroup/ddim: give the mapping of tensors itself, the first entry of the authors' list "
+            "or, for averaged weights, the last"
         )
     return {
         "block_out_channels": tuple(tensor.shape[0] for tensor in channels.values()),
@@ -84,10 +95,7 @@ def load_checkpoint(unet: UNet2DModel, state_dict: Mapping[str, Tensor]) -> None
     loaded.
     """
     own, names = unet.state_dict(), _names(unet)
-    problems = misfits({name: _official_shape(name, own[key]) for name, key in names}, state_dict, extra="unexpected")
-    found = [f"{len(keys)} {what}: {listed(keys)}" for what, keys in problems.items() if keys]
-    if found:
-        raise WeightsError(f"checkpoint does not fit the model: {'; '.join(found)}")
+    require_fit({name: _official_shape(name, own[key]) for name, key in names}, state_dict)
     unet.load_state_dict({key: state_dict[name].view(own[key].shape) for name, key in names})
 
 

@@ -8,6 +8,7 @@ import torch
 from diffusers import UNet2DModel
 from pydantic import Field, model_validator
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from baselines._gaussian import GaussianDiffusion, Sampler
 from baselines._unet import UNetOptions
@@ -51,8 +52,8 @@ class DiffusionConfig(UNetOptions):
 class DiffusionMethod(Method):
     """A network that predicts the noise in an image, at a noise level drawn anew for every image of a batch.
 
-    A subclass makes `unet`, `diffusion` (the trained process) and `sampler` (how it is walked back) in `__init__`,
-    and writes `loss`. Methods in a latent space override `clean_inputs`, `known_part`, `to_images` and `space_shape`.
+    A subclass makes `unet`, `diffusion` (the trained process) and `sampler` (how it is walked back) in `__init__`.
+    Methods in a latent space override `clean_inputs`, `known_part`, `to_images` and `space_shape`.
     """
 
     config: Any
@@ -77,13 +78,31 @@ class DiffusionMethod(Method):
         output: Tensor = self.unet(x_t, timesteps, return_dict=False)[0]
         return output
 
-    def loss(self, output: Tensor, noise: Tensor, *, clean: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
-        """The scalar loss of one step from the network's raw output and all that went into it."""
-        raise NotImplementedError
+    def loss(
+        self,
+        output: Tensor,
+        noise: Tensor,
+        *,
+        clean: Tensor,
+        x_t: Tensor,
+        timesteps: Tensor,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """The scalar loss of one step from the network's raw output and all that went into it.
 
-    def draw_timesteps(self, num: int, device: torch.device) -> Tensor:
-        """Timesteps (num,) int64 in [0, T); default: uniform and independent."""
-        return torch.randint(self.diffusion.num_timesteps, (num,), device=device)
+        `weights` (B,) are those of the images' losses, as `draw_timesteps` gave them. Default: the mean squared error
+        of the predicted noise (DDPM, eq. 14).
+        """
+        if weights is None:
+            return F.mse_loss(output, noise)
+        return (F.mse_loss(output, noise, reduction="none").flatten(1).mean(dim=1) * weights).mean()
+
+    def draw_timesteps(self, num: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Timesteps (num,) int64 in [0, T), and the weights (num,) that their losses get, None where all are 1.
+
+        Default: uniform and independent.
+        """
+        return torch.randint(self.diffusion.num_timesteps, (num,), device=device), None
 
     def clean_inputs(self, inputs: Tensor) -> Tensor:
         """x_0 from what `prepare` returned; default: images (B, 3, S, S) in [0, 1] to [-1, 1]."""
@@ -115,10 +134,15 @@ class DiffusionMethod(Method):
         """Loss at one random timestep per image. Draws the noise first, the timesteps second."""
         clean = self.clean_inputs(inputs)
         noise = torch.randn_like(clean)
-        timesteps = self.draw_timesteps(len(clean), clean.device)
+        timesteps, weights = self.draw_timesteps(len(clean), clean.device)
         x_t = self.diffusion.q_sample(clean, noise, timesteps)
         output = self.predict(x_t, timesteps)
-        return StepOutput(self.loss(output, noise, clean=clean, x_t=x_t, timesteps=timesteps))
+        loss = self.loss(output, noise, clean=clean, x_t=x_t, timesteps=timesteps, weights=weights)
+        return StepOutput(loss)
+
+    def is_decayed(self, name: str, parameter: Tensor) -> bool:
+        """Always: the authors of all four decay biases and norms too, where they decay anything."""
+        return True
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
@@ -156,3 +180,8 @@ class DiffusionMethod(Method):
         timesteps = torch.full((len(x),), self.sampler.timesteps[index], device=x.device, dtype=torch.int64)
         output = self.predict(x, timesteps).float()
         return self.sampler.step(index, x, output, torch.randn_like(x) if self.sampler.adds_noise(index) else None)
+
+
+def steps_text(steps: int, asked: int) -> str | None:
+    """The true number of reverse steps of a spacing, for the plan; None where it is the one `asked` for."""
+    return None if steps == asked else f"{steps} reverse steps for num_inference_steps {asked}, as the authors count"

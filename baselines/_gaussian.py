@@ -116,15 +116,21 @@ def ldm_uniform(num_timesteps: int, count: int) -> list[int]:
 
     Raises ValueError where that leaves the process, as it does for `count` = T.
     """
-    timesteps = [timestep + 1 for timestep in ddim_uniform(num_timesteps, count)]
-    if timesteps[-1] >= num_timesteps:
-        raise ValueError(f"{count} timesteps shifted by one leave a process of {num_timesteps}")
-    return timesteps
+    return _shifted(ddim_uniform(num_timesteps, count), num_timesteps)
 
 
 def ldm_quadratic(num_timesteps: int, count: int) -> list[int]:
-    """Latent diffusion's "quad": the DDIM repository's shifted by one."""
-    return [timestep + 1 for timestep in ddim_quadratic(num_timesteps, count)]
+    """Latent diffusion's "quad": the DDIM repository's shifted by one.
+
+    Raises ValueError where that leaves the process, as it does where T is 5 or less.
+    """
+    return _shifted(ddim_quadratic(num_timesteps, count), num_timesteps)
+
+
+def _shifted(timesteps: list[int], num_timesteps: int) -> list[int]:
+    if timesteps[-1] + 1 >= num_timesteps:
+        raise ValueError(f"{len(timesteps)} timesteps shifted by one leave a process of {num_timesteps}")
+    return [timestep + 1 for timestep in timesteps]
 
 
 # -- the process ------------------------------------------------------------------------------------------------------

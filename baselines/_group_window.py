@@ -209,12 +209,19 @@ class SwinShape:
     """Sizes of a Swin Transformer; the defaults are Swin-B, window 7, for 224 px."""
 
     image_size: int = 224
+    """Side of the images, px."""
     patch_size: int = 4
+    """Side of a token of the first stage, px."""
     embed_dim: int = 128
+    """Width of the first stage, doubled by every further one."""
     depths: tuple[int, ...] = (2, 2, 18, 2)
+    """Blocks of each stage."""
     num_heads: tuple[int, ...] = (4, 8, 16, 32)
+    """Attention heads of each stage."""
     window_size: int = 7
+    """Side of a window, tokens."""
     mlp_ratio: float = 4.0
+    """Hidden width of the MLPs as a multiple of the width."""
 
     @property
     def unit_px(self) -> int:
@@ -228,6 +235,7 @@ class SwinShape:
 
     @property
     def stages(self) -> list[StageShape]:
+        """Grid and window of each stage."""
         return stage_shapes(self.image_size // self.patch_size, len(self.depths), self.window_size)
 
 

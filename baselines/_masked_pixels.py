@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lmd_bench.errors import ConfigError
-from lmd_bench.method import DataSpec, Method, MethodConfig
+from lmd_bench.method import DataSpec, Method, MethodConfig, StepOutput
 
 PixelStatsName = Literal["imagenet", "half"]
 _PIXEL_STATS = {
@@ -32,6 +33,10 @@ class PixelStats(nn.Module):
         """Images (B, 3, S, S) in [0, 1] to zero mean and unit deviation over the statistics."""
         return (images - self.mean) / self.std
 
+    def forward(self, images: Tensor) -> Tensor:
+        """`normalize`, so that the statistics can be a part of a larger module."""
+        return self.normalize(images)
+
     def to_images(self, normalized: Tensor) -> Tensor:
         """The inverse, float32, cut to [0, 1]."""
         return (normalized.float() * self.std + self.mean).clamp(0.0, 1.0)
@@ -40,10 +45,15 @@ class PixelStats(nn.Module):
 class MaskedPixelMethod(Method):
     """Base of methods that hide a constant share of an image and predict its pixels.
 
-    The config has `pixel_stats` and `mask_ratio`, and `normalize_targets` where targets may be normalised per patch.
+    The config has `pixel_stats`, and `normalize_targets` where targets may be normalised per patch. A subclass says in
+    its constructor how many of how many tokens, or larger units, a training mask leaves visible.
     """
 
     config: Any
+    num_units: int
+    """What a training mask hides or leaves visible as a whole: a token, or several."""
+    num_visible: int
+    """Those of them that every training mask leaves visible."""
 
     def __init__(self, config: MethodConfig, data: DataSpec) -> None:
         super().__init__(config, data)
@@ -57,9 +67,17 @@ class MaskedPixelMethod(Method):
         return "normalised targets" if getattr(config, "normalize_targets", False) else None
 
     def mask_ratio_at(self, step: int, total_steps: int) -> float:
-        """The constant mask ratio."""
-        ratio: float = self.config.mask_ratio
-        return ratio
+        """The share that every training mask hides: the option's, rounded to whole units."""
+        return (self.num_units - self.num_visible) / self.num_units
+
+    @abstractmethod
+    def num_tokens_at(self, step: int, total_steps: int) -> int:
+        """Length of the encoder's input, the same at every step."""
+
+    def step_output(self, loss: Tensor, step: int, total_steps: int) -> StepOutput:
+        """A step's loss with its figures for the record."""
+        ratio, tokens = self.mask_ratio_at(step, total_steps), self.num_tokens_at(step, total_steps)
+        return StepOutput(loss, {"mask_ratio": ratio, "tokens": float(tokens)})
 
     def refuse_normalized_targets(self) -> None:
         """Raise ConfigError where predictions cannot be turned into pixels."""

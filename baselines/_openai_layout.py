@@ -17,7 +17,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from lmd_bench.errors import WeightsError
-from lmd_bench.nn.official import listed, misfits
+from lmd_bench.nn.official import require_fit, tensor_of
 
 _RESIDUAL = {
     "in_layers.0": "norm1",
@@ -45,9 +45,13 @@ class OpenAISizes:
 def sizes_from_openai(state_dict: Mapping[str, Tensor]) -> OpenAISizes:
     """Sizes of the U-Net that a checkpoint in the authors' layout holds.
 
-    Raises WeightsError where a tensor that tells a size is missing or is no such tensor, and for blocks that no
-    UNetModel of theirs has.
+    Raises WeightsError for a model of class labels, where a tensor that tells a size is missing or is no such tensor,
+    and for blocks that no UNetModel of theirs has.
     """
+    if "label_emb.weight" in state_dict:
+        raise WeightsError(
+            "checkpoint: a class-conditional model (label_emb.weight); only unconditional ones are supported"
+        )
     stem, head = (_tensor(state_dict, f"{name}.weight", ndim=4) for name in ("input_blocks.0.0", "out.2"))
     levels = _levels(state_dict)
     widths = [
@@ -73,11 +77,7 @@ def load_openai(unet: UNet2DModel, state_dict: Mapping[str, Tensor]) -> None:
 
     Raises WeightsError naming missing keys, unexpected keys and wrong shapes, before anything is loaded.
     """
-    shapes = {key: tensor.shape for key, tensor in to_openai(unet).items()}
-    problems = misfits(shapes, state_dict, extra="unexpected")
-    found = [f"{len(keys)} {what}: {listed(keys)}" for what, keys in problems.items() if keys]
-    if found:
-        raise WeightsError(f"checkpoint does not fit the model: {'; '.join(found)}")
+    require_fit(_official_shapes(unet), state_dict)
     with torch.no_grad():
         for prefix, layer in _layers(unet):
             for kind in ("weight", "bias"):
@@ -99,10 +99,29 @@ def to_openai(unet: UNet2DModel) -> dict[str, Tensor]:
                 tensor = _join([getattr(own, kind).detach() for own in layer.projections], layer.heads)
             else:
                 tensor = getattr(layer, kind).detach()
-            if kind == "weight" and prefix.endswith((".qkv", ".proj_out")):
+            if _is_convolution(prefix, kind):
                 tensor = tensor.unsqueeze(-1)
             official[f"{prefix}.{kind}"] = tensor.contiguous()
     return official
+
+
+def _official_shapes(unet: UNet2DModel) -> dict[str, torch.Size]:
+    """Those of `to_openai`, without copies of the weights."""
+    shapes = {}
+    for prefix, layer in _layers(unet):
+        for kind in ("weight", "bias"):
+            if isinstance(layer, _Attention):
+                width, *others = getattr(layer.projections[0], kind).shape
+                shape = [width * len(layer.projections), *others]
+            else:
+                shape = list(getattr(layer, kind).shape)
+            shapes[f"{prefix}.{kind}"] = torch.Size([*shape, 1] if _is_convolution(prefix, kind) else shape)
+    return shapes
+
+
+def _is_convolution(prefix: str, kind: str) -> bool:
+    """Whether a linear layer's weight is that of a convolution over positions there."""
+    return kind == "weight" and prefix.endswith((".qkv", ".proj_out"))
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -204,8 +223,4 @@ def _levels(state_dict: Mapping[str, Tensor]) -> list[list[str]]:
 
 
 def _tensor(state_dict: Mapping[str, Tensor], key: str, *, ndim: int) -> Tensor:
-    tensor = state_dict.get(key)
-    if not isinstance(tensor, Tensor) or tensor.ndim != ndim:
-        found = "missing" if tensor is None else f"not a tensor of {ndim} dimensions"
-        raise WeightsError(f"checkpoint: {key} is {found}; {_EXPECTED}")
-    return tensor
+    return tensor_of(state_dict, key, ndim=ndim, layout=_EXPECTED)

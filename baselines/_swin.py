@@ -6,7 +6,7 @@ merging windows is one permutation between two blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -33,6 +33,7 @@ class SwinOptions(MethodConfig):
     """Sizes of a Swin encoder; the defaults are Swin-B's with the windows of SimMIM's pre-training at 192 px."""
 
     kind: Literal["swin"] = "swin"
+    """Swin, which these options are of."""
     patch_size: int = Field(default=4, ge=1)
     """Side of a patch, px."""
     window_size: int = Field(default=6, ge=1)
@@ -44,6 +45,7 @@ class SwinOptions(MethodConfig):
     num_heads: tuple[int, ...] = (4, 8, 16, 32)
     """Attention heads of each stage; they divide its width."""
     mlp_ratio: float = Field(default=4.0, gt=0)
+    """Hidden width of the MLPs as a multiple of the width."""
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     """Rate at which the last block's branches are dropped for a sample; it rises linearly from 0 at the first."""
 
@@ -57,6 +59,10 @@ class SwinOptions(MethodConfig):
             if heads < 1 or self.width_of(stage) % heads:
                 raise ValueError(f"num_heads: {heads} heads do not divide the width {self.width_of(stage)} of a stage")
         return self
+
+    def sizes_text(self) -> str:
+        """The network's sizes in words."""
+        return swin_text(self.embed_dim, self.depths, self.num_heads, self.window_size)
 
     def width_of(self, stage: int) -> int:
         """Width of a stage, counted from 0."""
@@ -94,6 +100,15 @@ class SwinOptions(MethodConfig):
     def build(self, image_size: int) -> SwinEncoder:
         """The encoder for images of this side."""
         return SwinEncoder(self, image_size)
+
+
+def swin_text(embed_dim: int, depths: Sequence[int], num_heads: Sequence[int], window_size: int) -> str:
+    """A Swin's sizes in words."""
+    widths = [embed_dim << stage for stage in range(len(depths))]
+    return (
+        f"swin with stages of widths {widths}, depths {list(depths)}, heads {list(num_heads)} and windows of "
+        f"{window_size}"
+    )
 
 
 @dataclass(frozen=True)
@@ -350,7 +365,7 @@ class SwinEncoder(nn.Module):
         features: Tensor = self.norm(last(x, wanted))
         return features
 
-    def classifier(self, to_map: Callable[[Tensor], Tensor], num_classes: int) -> ImageClassifier:
+    def classifier(self, to_map: nn.Module, num_classes: int) -> ImageClassifier:
         """The encoder, which it shares, as a classifier; `to_map` normalises images."""
         return SwinClassifier(self, to_map, num_classes)
 
@@ -364,8 +379,8 @@ class SwinClassifier(ImageClassifier):
     """Swin's own form for fine-tuning: its last norm, here one of its own, before a linear head; but as in all our
     classifiers tokens are averaged before the norm, not after it."""
 
-    def __init__(self, encoder: SwinEncoder, to_map: Callable[[Tensor], Tensor], num_classes: int) -> None:
-        super().__init__(encoder.norm.normalized_shape[0], num_classes)
+    def __init__(self, encoder: SwinEncoder, to_map: nn.Module, num_classes: int) -> None:
+        super().__init__(encoder.norm.normalized_shape[0], num_classes, encoder.mask_token.device)
         self.fc_norm.eps = NORM_EPS
         self.to_map = to_map
         self.patch_embed, self.layers = encoder.patch_embed, encoder.layers

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,227 +12,15 @@ from torch import Tensor, nn
 
 from baselines._um_mae_grid import constant, quadtree_order, raster_ranks
 from baselines._um_mae_pvt import PvtBlock
+from baselines._um_mae_shape import NUM_STAGES, PATCHES_PER_TOKEN_SIDE, WINDOW, PyramidShape, check_pyramid
 from baselines._um_mae_swin import SwinBlock, Windows
 from baselines._uniform_sampling import num_unreplaced, visible_first
-from lmd_bench.errors import ConfigError, WeightsError
-from lmd_bench.nn.classifier import ImageClassifier
 from lmd_bench.nn.masked_autoencoder import PatchEmbed
-from lmd_bench.nn.pos_embed import sincos_pos_embed
+from lmd_bench.nn.pos_embed import frozen_pos_embed
 from lmd_bench.nn.vit import NORM_EPS, Block
 
-PyramidBackbone = Literal["pvt", "swin"]
-
-_NUM_STAGES = 4
-_PATCHES_PER_TOKEN_SIDE = 4
-_WINDOW = 8
 _REDUCTIONS = (4, 2, 1, 1)
-"""Patches per side of what PVT's attention pools; twice as many, but in the last stage, on the whole map."""
-_DENSE_REDUCTIONS = (8, 4, 2, 1)
-
-
-@dataclass(frozen=True)
-class PyramidShape:
-    """Sizes of a masked autoencoder with a pyramid of four stages; `published` gives the authors' models."""
-
-    backbone: PyramidBackbone
-    image_size: int
-    """Side of the images, px."""
-    stage_widths: tuple[int, ...]
-    stage_depths: tuple[int, ...]
-    stage_heads: tuple[int, ...]
-    stage_mlp_ratios: tuple[float, ...]
-    """Hidden widths of the MLPs as multiples of the width."""
-    token_px: int = 16
-    """Side of what is hidden or visible as a whole, px: 4 x 4 of the encoder's patches."""
-    bias_hidden: int = 32
-    """Hidden width of Swin's MLP for position biases; PVT has none."""
-    secondary_ratio: float = 0.25
-    """Share of the visible tokens replaced by a learned one; int(n * (1 - ratio)) are left alone."""
-    decoder_width: int = 512
-    decoder_depth: int = 2
-    decoder_heads: int = 16
-    official_order: bool = False
-    """Whether visible tokens get the decoder positions that the release gives them, in part other tokens'."""
-
-    @classmethod
-    def published(
-        cls, name: Literal["pvt_small", "swin_tiny", "swin_large"], image_size: int = 256, **changes: Any
-    ) -> PyramidShape:
-        """The sizes of a model that the authors trained, and what is to be different."""
-        return replace(cls(image_size=image_size, **_PUBLISHED[name]), **changes)
-
-    @property
-    def patch_size(self) -> int:
-        """Side of the encoder's patches, px."""
-        return self.token_px // _PATCHES_PER_TOKEN_SIDE
-
-    @property
-    def grid_size(self) -> int:
-        """Tokens along one side of the image."""
-        return self.image_size // self.token_px
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of a whole image."""
-        return self.grid_size**2
-
-    @property
-    def patch_dim(self) -> int:
-        """Pixel values that a token stands for."""
-        return self.token_px**2 * 3
-
-    def stage_sides(self, *, dense: bool = False) -> tuple[int, ...]:
-        """Side of the map in every stage, patches: of the compact map, or of the whole image's where `dense`."""
-        side = self.image_size // self.patch_size // (1 if dense else 2)
-        return tuple(side >> stage for stage in range(_NUM_STAGES))
-
-
-_PUBLISHED: dict[str, dict[str, Any]] = {
-    "pvt_small": {
-        "backbone": "pvt",
-        "stage_widths": (64, 128, 320, 512),
-        "stage_depths": (3, 4, 6, 3),
-        "stage_heads": (1, 2, 5, 8),
-        "stage_mlp_ratios": (8.0, 8.0, 4.0, 4.0),
-    },
-    "swin_tiny": {
-        "backbone": "swin",
-        "stage_widths": (96, 192, 384, 768),
-        "stage_depths": (2, 2, 6, 2),
-        "stage_heads": (3, 6, 12, 24),
-        "stage_mlp_ratios": (4.0, 4.0, 4.0, 4.0),
-    },
-    "swin_large": {
-        "backbone": "swin",
-        "stage_widths": (192, 384, 768, 1536),
-        "stage_depths": (2, 2, 18, 2),
-        "stage_heads": (6, 12, 24, 48),
-        "stage_mlp_ratios": (4.0, 4.0, 4.0, 4.0),
-        "bias_hidden": 64,
-        "decoder_depth": 8,
-    },
-}
-
-
-def check_pyramid(shape: PyramidShape) -> None:
-    """Raise ConfigError unless stages are complete, heads and position tables fit the widths, and maps can be cut.
-
-    An image must be cut by four tokens (64 px at tokens of 16), so that the compact map can be halved three times,
-    and Swin's map must fit into one window of 8 patches or be cut by it in every stage: 64, 128, 256, 512, 1024 ... px.
-    """
-    _check_stages(shape)
-    unit = 4 * shape.token_px
-    if shape.token_px % _PATCHES_PER_TOKEN_SIDE:
-        raise ConfigError(f"token_px: a pyramid's tokens are 4 x 4 patches, got {shape.token_px} px: take a multiple")
-    if shape.image_size % unit or shape.image_size < unit:
-        raise ConfigError(
-            f"image_size: {shape.image_size} px are not a multiple of {unit}, 4 tokens of {shape.token_px} px, which "
-            f"{shape.backbone}'s three halvings of the compact map need"
-        )
-    uncut = [side for side in shape.stage_sides() if side > _WINDOW and side % _WINDOW]
-    if shape.backbone == "swin" and uncut:
-        raise ConfigError(
-            f"image_size: {shape.image_size} px give swin compact maps of {shape.stage_sides()} patches a side, and "
-            f"{uncut[0]} is not cut by its window of {_WINDOW}: take {unit} times 1, 2, 4 or a multiple of 8"
-        )
-
-
-def _check_stages(shape: PyramidShape) -> None:
-    for name in ("stage_widths", "stage_depths", "stage_heads", "stage_mlp_ratios"):
-        values = getattr(shape, name)
-        if len(values) != _NUM_STAGES or min(values) <= 0:
-            raise ConfigError(f"{name}: {values} are not the {_NUM_STAGES} positive values of a pyramid's stages")
-    for width, heads in zip(shape.stage_widths, shape.stage_heads, strict=True):
-        if width % heads:
-            raise ConfigError(f"stage_heads: {heads} heads do not divide a stage's width {width}")
-    if shape.stage_widths[0] % 4:
-        raise ConfigError(f"stage_widths: the first must be divisible by 4, got {shape.stage_widths[0]}")
-    if shape.decoder_width % 4 or shape.decoder_width % shape.decoder_heads:
-        raise ConfigError(
-            f"decoder_width must be divisible by 4 (position table) and by decoder_heads, got "
-            f"{shape.decoder_width}, {shape.decoder_heads}"
-        )
-
-
-def pyramid_shape_of_checkpoint(
-    state_dict: Mapping[str, Tensor],
-    *,
-    stage_heads: tuple[int, ...] | None = None,
-    decoder_heads: int | None = None,
-) -> PyramidShape:
-    """The sizes of a pyramid autoencoder from its weights in the authors' layout.
-
-    PVT's heads and the decoder's leave no trace, and weights load and predict nonsense under a wrong number: None
-    stands for the published ones, of 64 channels each in PVT and 16 in a decoder of width 512. Raises WeightsError
-    where other widths make that unknown, where a tensor that tells a size is missing, and where the sizes make no
-    pyramid.
-    """
-    backbone: PyramidBackbone = "swin" if _BIAS_KEY in state_dict else "pvt"
-    first_blocks = [0, *_numbers(state_dict, r"blocks\.(\d+)\.downsample\.proj\.weight")]
-    ends = [*first_blocks[1:], 1 + max(_numbers(state_dict, r"blocks\.(\d+)\.norm1\.weight"), default=0)]
-    widths = tuple(_size(state_dict, f"blocks.{index}.norm1.weight") for index in first_blocks)
-    hidden = [_size(state_dict, f"blocks.{index}.mlp.fc1.weight") for index in first_blocks]
-    if backbone == "swin":
-        heads = tuple(_size(state_dict, f"blocks.{index}.attn.posmlp.2.weight") for index in first_blocks)
-    else:
-        heads = stage_heads or _pvt_heads(widths)
-    decoder_width = _size(state_dict, "mask_token", axis=-1)
-    token_px = _PATCHES_PER_TOKEN_SIDE * _size(state_dict, "patch_embed.proj.weight", axis=-1)
-    shape = PyramidShape(
-        backbone=backbone,
-        image_size=round(_size(state_dict, "decoder_pos_embed", axis=1) ** 0.5) * token_px,
-        stage_widths=widths,
-        stage_depths=tuple(end - start for start, end in zip(first_blocks, ends, strict=True)),
-        stage_heads=heads,
-        stage_mlp_ratios=tuple(own / width for own, width in zip(hidden, widths, strict=True)),
-        token_px=token_px,
-        bias_hidden=_size(state_dict, _BIAS_KEY) if backbone == "swin" else PyramidShape.bias_hidden,
-        decoder_width=decoder_width,
-        decoder_depth=1 + max(_numbers(state_dict, r"decoder_blocks\.(\d+)\.norm1\.weight"), default=-1),
-        decoder_heads=decoder_heads or _decoder_heads(decoder_width),
-    )
-    try:
-        check_pyramid(shape)
-    except ConfigError as error:
-        raise WeightsError(f"checkpoint: no pyramid of UM-MAE: {error}") from error
-    return shape
-
-
-_BIAS_KEY = "blocks.0.attn.posmlp.0.weight"
-
-
-def _numbers(state_dict: Mapping[str, Tensor], pattern: str) -> list[int]:
-    matches = (re.fullmatch(pattern, key) for key in state_dict)
-    return sorted(int(match.group(1)) for match in matches if match)
-
-
-def _size(state_dict: Mapping[str, Tensor], key: str, axis: int = 0) -> int:
-    tensor = state_dict.get(key)
-    if not isinstance(tensor, Tensor) or not -tensor.ndim <= axis < tensor.ndim:
-        raise WeightsError(
-            f"checkpoint: {key} is missing or of another kind; expected the layout of UM-MAE's pyramids "
-            f"(vis_mask_token, patch_embed.proj, blocks.0...): give the mapping of tensors itself, often found under "
-            f"the key 'model'"
-        )
-    return int(tensor.shape[axis])
-
-
-def _pvt_heads(widths: tuple[int, ...]) -> tuple[int, ...]:
-    if any(width % 64 for width in widths):
-        raise WeightsError(
-            f"checkpoint: a PVT with stages of widths {widths} was not published, and weights do not tell its "
-            f"attention heads; published ones have 64 channels a head: give stage_heads"
-        )
-    return tuple(width // 64 for width in widths)
-
-
-def _decoder_heads(width: int) -> int:
-    if width != PyramidShape.decoder_width:
-        raise WeightsError(
-            f"checkpoint: no published decoder has the width {width}, and weights do not tell its attention heads; "
-            f"known width (heads): {PyramidShape.decoder_width} ({PyramidShape.decoder_heads}): give decoder_heads"
-        )
-    return PyramidShape.decoder_heads
+"""Patches per side of what PVT's attention pools."""
 
 
 class PyramidAutoencoder(nn.Module):
@@ -262,9 +48,9 @@ class PyramidAutoencoder(nn.Module):
         first, last = shape.stage_widths[0], shape.stage_widths[-1]
         self.vis_mask_token = nn.Parameter(torch.empty(1, 1, first))
         if shape.backbone == "pvt":
-            self.pos_embed = _frozen_table(first, shape.grid_size * _PATCHES_PER_TOKEN_SIDE)
+            self.pos_embed = frozen_pos_embed(first, shape.grid_size * PATCHES_PER_TOKEN_SIDE, class_row=False)
         self.mask_token = nn.Parameter(torch.empty(1, 1, shape.decoder_width))
-        self.decoder_pos_embed = _frozen_table(shape.decoder_width, shape.grid_size)
+        self.decoder_pos_embed = frozen_pos_embed(shape.decoder_width, shape.grid_size, class_row=False)
         self.patch_embed = PyramidPatchEmbed(shape.patch_size, first, normed=shape.backbone == "swin")
         self.blocks = nn.ModuleList(_blocks(shape))
         self.norm = nn.LayerNorm(last, eps=NORM_EPS)
@@ -321,7 +107,7 @@ class PyramidAutoencoder(nn.Module):
         `replaced` (B, n) bool, cells in raster order: whose visible token is not shown either.
         """
         rows, columns = self._visible_positions(visible)
-        x = self.patch_embed(_token_patches(images, rows, columns, self.shape.token_px))
+        x = self.patch_embed(token_patches(images, rows, columns, self.shape.token_px))
         if replaced is not None:
             x = torch.where(replaced[:, self.cells, None, None], self.vis_mask_token.unsqueeze(1), x)
         x = self.patch_embed.norm(x)
@@ -398,7 +184,7 @@ class WindowedMaps(nn.Module):
         self.dense = dense
         self.stages = nn.ModuleList()
         for stage, (side, depth) in enumerate(zip(shape.stage_sides(dense=dense), shape.stage_depths, strict=True)):
-            window = min(side, 2 * _WINDOW if dense else _WINDOW)
+            window = min(side, 2 * WINDOW if dense else WINDOW)
             self.stages.append(WindowedStage(side, window, depth, {} if dense else _unit_of_stage(stage)))
 
     def forward(self, blocks: nn.ModuleList, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -409,7 +195,7 @@ class WindowedMaps(nn.Module):
         """
         remaining = iter(blocks)
         for index, stage in enumerate(self.stages):
-            if index and (self.dense or index == _NUM_STAGES - 1):
+            if index and (self.dense or index == NUM_STAGES - 1):
                 rows, columns = rows[:, ::4], columns[:, ::4]
             if index and self.dense:
                 rows, columns = rows // 2, columns // 2
@@ -441,47 +227,8 @@ def _unit_of_stage(stage: int) -> dict[str, Any]:
     Tokens of neighbouring cells are 2 steps of the token grid apart, one more or less; of those 2 x 2, the top left
     one's position counts. A step is 4 of the first stage's coordinates, which every stage halves.
     """
-    spacing = _PATCHES_PER_TOKEN_SIDE / 2**stage
+    spacing = PATCHES_PER_TOKEN_SIDE / 2**stage
     return {"unit": max(1, int(spacing)), "stride": 2 if spacing >= 1 else 4, "jitter": 1, "spacing": spacing}
-
-
-class PyramidClassifier(ImageClassifier):
-    """The encoder of a `PyramidAutoencoder` on whole images.
-
-    As in the authors' fine-tuning, PVT pools 8, 4, 2, 1 patches a side and Swin's windows are of 16 patches: with maps
-    twice as wide as in pre-training, attention sees as much of the image. Swin's biases come from the same MLPs.
-    """
-
-    token_order: Tensor
-    patch_order: Tensor
-
-    def __init__(self, model: PyramidAutoencoder, to_map: Callable[[Tensor], Tensor], num_classes: int) -> None:
-        """`to_map` normalises images in [0, 1] as the model was trained on them."""
-        shape = model.shape
-        super().__init__(shape.stage_widths[-1], num_classes)
-        self.shape, self.to_map = shape, to_map
-        self.patch_embed, self.blocks = model.patch_embed, model.blocks
-        order = quadtree_order(shape.grid_size * _PATCHES_PER_TOKEN_SIDE)
-        self.register_buffer("patch_order", constant(order), persistent=False)
-        self.register_buffer("token_order", constant(quadtree_order(shape.grid_size)), persistent=False)
-        if shape.backbone == "pvt":
-            self.pos_embed = model.pos_embed
-        is_swin = shape.backbone == "swin"
-        self.route = WindowedMaps(shape, dense=True) if is_swin else PooledMaps(shape, _DENSE_REDUCTIONS)
-
-    def features(self, images: Tensor) -> Tensor:
-        grid = self.shape.grid_size
-        rows, columns = (self.token_order // grid).unsqueeze(0), (self.token_order % grid).unsqueeze(0)
-        pixels = self.to_map(images)
-        here = torch.zeros(len(pixels), 1, dtype=torch.int64, device=pixels.device)
-        patches = _token_patches(pixels, rows + here, columns + here, self.shape.token_px)
-        x = self.patch_embed.norm(self.patch_embed(patches)).flatten(1, 2)
-        if self.shape.backbone == "pvt":
-            x = x + self.pos_embed[:, self.patch_order]
-        side = grid * _PATCHES_PER_TOKEN_SIDE
-        rows, columns = (self.patch_order // side).unsqueeze(0), (self.patch_order % side).unsqueeze(0)
-        out: Tensor = self.route(self.blocks, x, rows, columns)
-        return out
 
 
 def _blocks(shape: PyramidShape) -> list[nn.Module]:
@@ -501,13 +248,13 @@ def _blocks(shape: PyramidShape) -> list[nn.Module]:
     return made
 
 
-def _token_patches(images: Tensor, rows: Tensor, columns: Tensor, token_px: int) -> Tensor:
+def token_patches(images: Tensor, rows: Tensor, columns: Tensor, token_px: int) -> Tensor:
     """Patches (B, n, 16, p * p * 3) of the tokens at `rows` and `columns` (B, n); 16 in quadtree order."""
     batch, channels, height, width = images.shape
     cut = images.reshape(batch, channels, height // token_px, token_px, width // token_px, token_px)
     sample = torch.arange(batch, device=images.device).unsqueeze(1)
     tokens = cut.permute(0, 2, 4, 3, 5, 1)[sample, rows, columns]
-    patch = token_px // _PATCHES_PER_TOKEN_SIDE
+    patch = token_px // PATCHES_PER_TOKEN_SIDE
     squares = tokens.view(batch, -1, 2, 2, patch, 2, 2, patch, channels)
     return squares.permute(0, 1, 2, 5, 3, 6, 4, 7, 8).reshape(batch, -1, 16, patch**2 * channels)
 
@@ -516,17 +263,11 @@ def _patches_of_tokens(grid_size: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Raster index among all patches of the 16 patches of every token, (L, 16): tokens in raster order, the 16 in
     quadtree order."""
     rows, columns = np.divmod(np.arange(grid_size**2)[:, None], grid_size)
-    inner_rows, inner_columns = np.divmod(quadtree_order(_PATCHES_PER_TOKEN_SIDE), _PATCHES_PER_TOKEN_SIDE)
-    side = grid_size * _PATCHES_PER_TOKEN_SIDE
-    own_rows = _PATCHES_PER_TOKEN_SIDE * rows + inner_rows
-    patches: np.ndarray[Any, np.dtype[np.int64]] = own_rows * side + _PATCHES_PER_TOKEN_SIDE * columns + inner_columns
+    inner_rows, inner_columns = np.divmod(quadtree_order(PATCHES_PER_TOKEN_SIDE), PATCHES_PER_TOKEN_SIDE)
+    side = grid_size * PATCHES_PER_TOKEN_SIDE
+    own_rows = PATCHES_PER_TOKEN_SIDE * rows + inner_rows
+    patches: np.ndarray[Any, np.dtype[np.int64]] = own_rows * side + PATCHES_PER_TOKEN_SIDE * columns + inner_columns
     return patches
-
-
-def _frozen_table(width: int, grid_size: int) -> nn.Parameter:
-    """Sine-cosine positions (1, L, width), without a class row: a parameter that is not trained, as the authors'."""
-    table = sincos_pos_embed(width, grid_size)[:, 1:]
-    return nn.Parameter(torch.empty(table.shape).copy_(table), requires_grad=False)
 
 
 def _initialise(module: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from diffusers import UNet2DModel
@@ -14,12 +14,18 @@ from lmd_bench.errors import ConfigError
 from lmd_bench.method import MethodConfig
 
 UNetFlavour = Literal["ddim", "openai"]
+_SHORTEST_CHANNELS_LAST = 16
+"""Side of feature maps, in positions: weights of smaller ones cost more to rearrange than the layout brings."""
+_LARGEST_CHANNELS_LAST = 2**31 - 1
+"""Elements that torch's nearest-neighbour kernel for channels-last maps on GPUs can make (pytorch issue 141831)."""
 
 
 class UNetOptions(MethodConfig):
     """Size of a U-Net; the defaults are the LSUN 256 x 256 model, 113,673,219 parameters with three outputs."""
 
-    block_out_channels: tuple[int, ...] = Field(default=(128, 128, 256, 256, 512, 512), min_length=1)
+    block_out_channels: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(128, 128, 256, 256, 512, 512), min_length=1
+    )
     """Channels of each resolution, finest first; each further one halves the side."""
     attention_levels: tuple[int, ...] = (4,)
     """Resolutions with self-attention, as indices into `block_out_channels`; the middle always has it."""
@@ -36,7 +42,7 @@ class UNetOptions(MethodConfig):
     @model_validator(mode="after")
     def _sizes_fit(self) -> UNetOptions:
         if self.attention_head_dim is not None and self.num_heads is not None:
-            raise ValueError("give attention_head_dim or num_heads, not both")
+            raise ValueError("give attention_head_dim or num_heads, not both: set the other to null")
         levels = len(self.block_out_channels)
         if not all(0 <= level < levels for level in self.attention_levels):
             raise ValueError(f"attention_levels must be in 0..{levels - 1}, got {list(self.attention_levels)}")
@@ -46,6 +52,15 @@ class UNetOptions(MethodConfig):
                 if channels % (getattr(self, name) or 1):
                     raise ValueError(f"block_out_channels.{index}: {channels} is not divisible by {name}")
         return self
+
+    def sizes_text(self) -> str:
+        """The network's sizes in words, among them the heads, on which an authors' checkpoint is silent."""
+        levels = sorted(set(self.attention_levels))
+        heads = [self.heads_at(self.block_out_channels[level]) for level in (*levels, -1)]
+        return (
+            f"U-Net of channels {list(self.block_out_channels)}, {self.layers_per_block} blocks a level, attention on "
+            f"levels {levels} and in the middle with {heads} heads"
+        )
 
     def heads_at(self, channels: int) -> int:
         """Heads of an attention over so many channels."""
@@ -78,7 +93,8 @@ def build_unet(
     every residual and attention block and of the network starts at zero. `scale_shift`: the time embedding scales and
     shifts the second group norm of a residual block, instead of being added before it.
 
-    Its convolutions' weights lie channels last, which makes the feature maps so: about a tenth faster on a CPU.
+    Feature maps and the weights of their convolutions lie channels last where a side is longer than
+    `_SHORTEST_CHANNELS_LAST`, channels first where it is not: on a CPU each is the faster one there.
     """
     levels = range(len(options.block_out_channels))
     attends = [level in options.attention_levels for level in levels]
@@ -101,7 +117,14 @@ def build_unet(
         _lighten(block, options)
     if flavour == "openai":
         _zero_last_layers(unet)
-    return unet.to(memory_format=torch.channels_last)
+    unet.to(memory_format=torch.channels_last)
+    sides = [image_size >> level for level in levels]
+    blocks = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
+    for block, side in zip(blocks, (*sides, sides[-1], *reversed(sides)), strict=True):
+        if side < _SHORTEST_CHANNELS_LAST:
+            for resnet in block.resnets:
+                resnet.lay_channels_first()
+    return unet
 
 
 def _flavour(flavour: UNetFlavour) -> dict[str, Any]:
@@ -128,6 +151,8 @@ def _lighten(block: Any, options: UNetOptions) -> None:
         block.attentions = nn.ModuleList(
             _SelfAttention(attention, options.heads_at(attention.query_dim)) for attention in block.attentions
         )
+    if getattr(block, "upsamplers", None) is not None:
+        block.upsamplers = nn.ModuleList(_Upsampler(upsampler) for upsampler in block.upsamplers)
 
 
 class _ResidualBlock(nn.Module):
@@ -143,9 +168,17 @@ class _ResidualBlock(nn.Module):
         self.norm1, self.conv1, self.time_emb_proj = block.norm1, block.conv1, block.time_emb_proj
         self.norm2, self.dropout, self.conv2 = block.norm2, block.dropout, block.conv2
         self.conv_shortcut: nn.Module | None = block.conv_shortcut
+        self.memory_format = torch.channels_last
+
+    def lay_channels_first(self) -> None:
+        """Compute on feature maps that are channels first, with weights that are so too."""
+        self.memory_format = torch.contiguous_format
+        for parameter in self.parameters():
+            parameter.data = parameter.data.contiguous()
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         """Feature maps (B, C, H, W) and the time embedding (B, D) to feature maps (B, C', H, W)."""
+        x = x.contiguous(memory_format=self.memory_format)
         h = self.conv1(F.silu(self.norm1(x)))
         time = self.time_emb_proj(F.silu(temb))[:, :, None, None]
         if self.scale_shift:
@@ -155,6 +188,24 @@ class _ResidualBlock(nn.Module):
             h = self.norm2(h + time)
         h = self.conv2(self.dropout(F.silu(h)))
         out: Tensor = h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return out
+
+
+class _Upsampler(nn.Module):
+    """The layers of diffusers' Upsample2D under the same names.
+
+    Its own pass copies batches of 64 and more to channels first, for the sake of kernels of older versions of torch.
+    """
+
+    def __init__(self, upsampler: Any) -> None:
+        super().__init__()
+        self.conv = upsampler.conv
+
+    def forward(self, x: Tensor, size: int | None = None) -> Tensor:
+        """Feature maps (B, C, H, W) to (B, C, 2 H, 2 W); `size` is what a block hands over, always None here."""
+        if 4 * x.numel() > _LARGEST_CHANNELS_LAST:
+            x = x.contiguous()
+        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return out
 
 

@@ -31,8 +31,8 @@ def draw_random(batch_size: int, num_tokens: int, device: torch.device) -> Tenso
     """`visible` (B, L) with int(0.75 L) tokens hidden anywhere: the authors' loader without its uniform rule."""
     num_visible = num_tokens - int(MASK_RATIO * num_tokens)
     ids = torch.rand(batch_size, num_tokens, device=device).argsort(dim=1)
-    hidden_nowhere = torch.zeros(batch_size, num_tokens, dtype=torch.bool, device=device)
-    return hidden_nowhere.scatter(1, ids[:, :num_visible], True)
+    nothing_visible = torch.zeros(batch_size, num_tokens, dtype=torch.bool, device=device)
+    return nothing_visible.scatter(1, ids[:, :num_visible], True)
 
 
 def visible_from_slots(slots: Tensor) -> Tensor:

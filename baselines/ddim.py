@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from baselines._ddim_layout import PortedUNetMethod
-from baselines._diffusion import DiffusionConfig
+from baselines._diffusion import DiffusionConfig, steps_text
 from baselines._gaussian import (
     AncestralSampler,
     DDIMSampler,
@@ -45,6 +44,14 @@ class DDIMConfig(DiffusionConfig):
     """Which timesteps `num_inference_steps` visits: every (T // n)-th, which are more than n where n does not divide T,
     or squares of evenly spaced numbers up to 0.8 T."""
 
+    @model_validator(mode="after")
+    def _nothing_in_vain(self) -> DDIMConfig:
+        if self.sampler == "ddpm_noisy" and self.eta:
+            raise ValueError(
+                f"eta: {self.eta:g} is noise of the generalized sampler, ddpm_noisy has its own; leave one of them out"
+            )
+        return self
+
 
 class DDIM(PortedUNetMethod):
     """A U-Net trained as DDPM's, on antithetic timesteps, and sampled without the Markov chain."""
@@ -62,22 +69,27 @@ class DDIM(PortedUNetMethod):
     def plan_text(cls, config: DDIMConfig, data: DataSpec) -> str | None:
         """The true number of reverse steps where it is not the one asked for."""
         steps = len(_SPACINGS[config.spacing](config.num_train_timesteps, config.num_inference_steps))
-        asked = config.num_inference_steps
-        return (
-            None if steps == asked else f"{steps} reverse steps for num_inference_steps {asked}, as the authors count"
-        )
+        return steps_text(steps, config.num_inference_steps)
 
-    def draw_timesteps(self, num: int, device: torch.device) -> Tensor:
+    def draw_timesteps(self, num: int, device: torch.device) -> tuple[Tensor, None]:
         """Antithetic: num // 2 + 1 are drawn, their mirror images in 0..T-1 follow, and `num` of them are kept."""
         last = self.diffusion.num_timesteps - 1
         drawn = torch.randint(last + 1, (num // 2 + 1,), device=device)
-        return torch.cat([drawn, last - drawn])[:num]
+        return torch.cat([drawn, last - drawn])[:num], None
 
-    def loss(self, output: Tensor, noise: Tensor, *, clean: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
+    def loss(
+        self,
+        output: Tensor,
+        noise: Tensor,
+        *,
+        clean: Tensor,
+        x_t: Tensor,
+        timesteps: Tensor,
+        weights: Tensor | None = None,
+    ) -> Tensor:
         """Squared error of the predicted noise, summed or averaged over an image, and averaged over the batch."""
-        if self.config.loss_reduction == "mean":
-            return F.mse_loss(output, noise)
-        return F.mse_loss(output, noise, reduction="sum") / len(output)
+        mean = super().loss(output, noise, clean=clean, x_t=x_t, timesteps=timesteps, weights=weights)
+        return mean if self.config.loss_reduction == "mean" else mean * noise[0].numel()
 
     def _make_sampler(self) -> Sampler:
         config, alphas = self.config, self.diffusion.alphas_cumprod

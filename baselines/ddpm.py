@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
-
 from baselines._ddim_layout import PortedUNetMethod
 from baselines._diffusion import DiffusionConfig
 from baselines._gaussian import AncestralSampler, GaussianDiffusion, evenly_spaced, noise_schedule
@@ -43,7 +40,3 @@ class DDPM(PortedUNetMethod):
             evenly_spaced(config.num_train_timesteps, config.num_inference_steps),
             variance=config.variance,
         )
-
-    def loss(self, output: Tensor, noise: Tensor, *, clean: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
-        """Mean squared error of the predicted noise (L_simple, eq. 14)."""
-        return F.mse_loss(output, noise)

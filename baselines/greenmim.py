@@ -4,7 +4,6 @@ arXiv 2205.13515), with Swin. The release's other encoder, Twins-L, is not built
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,14 +17,23 @@ from torch.nn import functional as F  # noqa: N812
 from baselines._group_window import Grouping, GroupSwin, SwinShape, group_stages, pack_groupings, unpack_groupings
 from baselines._masked_pixels import MaskedPixelMethod, PixelStats, PixelStatsName
 from baselines._relative_position import relative_position_index
+from baselines._swin import swin_text
 from lmd_bench.errors import ConfigError, WeightsError
 from lmd_bench.lmd.mask_schedule import check_leaves_tokens, num_kept
 from lmd_bench.method import Batch, DataSpec, MethodConfig, StepOutput
 from lmd_bench.nn.classifier import ImageClassifier
 from lmd_bench.nn.masking import pixel_mask, token_mask
-from lmd_bench.nn.official import load_exactly
+from lmd_bench.nn.official import (
+    DECODER_HEADS,
+    count_of,
+    heads_of,
+    load_exactly,
+    reading_sizes,
+    refuse_encoder_alone,
+    tensor_of,
+)
 from lmd_bench.nn.patches import normalised, patchify, unpatchify
-from lmd_bench.nn.pos_embed import sincos_pos_embed
+from lmd_bench.nn.pos_embed import frozen_pos_embed
 from lmd_bench.nn.vit import NORM_EPS, Block
 
 
@@ -47,15 +55,19 @@ class GreenMIMConfig(MethodConfig):
     mlp_ratio: float = Field(default=4.0, gt=0)
     """Hidden width of the MLPs as a multiple of the width."""
     decoder_width: int = Field(default=512, ge=4)
+    """Channels of the decoder's tokens, divisible by 4 (position table) and by its heads."""
     decoder_depth: int = Field(default=1, ge=1)
+    """Blocks of the decoder."""
     decoder_heads: int = Field(default=16, ge=1)
+    """Attention heads of the decoder; they divide its width."""
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
     """Share of units hidden; int(L * (1 - mask_ratio)) of L stay visible, the same ones throughout a batch."""
     normalize_targets: bool = False
     """Predict units normalised by their own mean and variance. Such targets cannot be turned back into pixels."""
     official_order: bool = False
     """Train as the release does, whose decoder receives the visible tokens at each other's places: they come in raster
-    order and are laid out in the random order in which the mask was drawn. False lays each where it belongs."""
+    order and are laid out in the random order in which the mask was drawn. False lays each where it belongs. The
+    authors' checkpoints were trained so."""
     pixel_stats: PixelStatsName = "imagenet"
     """Mean and deviation that pixels are normalised by: ImageNet's, or 0.5 and 0.5 (to [-1, 1])."""
 
@@ -74,6 +86,12 @@ class GreenMIMConfig(MethodConfig):
                 f"got {self.decoder_width}, {self.decoder_heads}"
             )
         return self
+
+    def sizes_text(self) -> str:
+        """The network's sizes in words, and the decoder's order where it is the release's."""
+        encoder = swin_text(self.embed_dim, self.depths, self.num_heads, self.window_size)
+        decoder = f"decoder of width {self.decoder_width}, {self.decoder_depth} blocks and {self.decoder_heads} heads"
+        return f"{encoder}, {decoder}{' in the order of the release' if self.official_order else ''}"
 
     def shape(self, image_size: int) -> SwinShape:
         """The encoder's sizes for square images of this side."""
@@ -129,7 +147,9 @@ class MaskedImages:
     """What a training step gets where a data worker has made the mask."""
 
     images: Tensor
+    """(B, 3, S, S) in [0, 1]."""
     mask: UnitMask
+    """Of all of them."""
 
 
 class GreenMaskedAutoencoder(nn.Module):
@@ -142,8 +162,7 @@ class GreenMaskedAutoencoder(nn.Module):
         width = config.decoder_width
         self.grid_size = shape.image_size // shape.unit_px
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
-        table = sincos_pos_embed(width, self.grid_size)[:, 1:]  # no class token, no row for one
-        self.decoder_pos_embed = nn.Parameter(torch.empty(table.shape).copy_(table), requires_grad=False)
+        self.decoder_pos_embed = frozen_pos_embed(width, self.grid_size, class_row=False)  # there is no class token
         self.encoder = GroupSwin(shape)
         self.decoder_embed = nn.Linear(shape.width, width)
         self.decoder_blocks = nn.ModuleList(Block(width, config.decoder_heads) for _ in range(config.decoder_depth))
@@ -201,7 +220,7 @@ class GreenMIM(MaskedPixelMethod):
         self.shape = config.shape(data.image_size)
         self.model = GreenMaskedAutoencoder(self.shape, config)
         self.num_units = self.model.grid_size**2
-        self.num_kept = num_kept(self.num_units, config.mask_ratio)
+        self.num_visible = num_kept(self.num_units, config.mask_ratio)
 
     @classmethod
     def check(cls, config: GreenMIMConfig, data: DataSpec) -> None:
@@ -234,6 +253,11 @@ class GreenMIM(MaskedPixelMethod):
         """What is visible or hidden as a whole: a unit."""
         return config.shape(data.image_size).unit_px
 
+    @classmethod
+    def compile_obstacle(cls, config: GreenMIMConfig) -> str:
+        """Every mask has groups of other numbers and sizes, which a compiled network would be compiled for anew."""
+        return "each mask packs visible tokens into groups of other numbers and sizes"
+
     # -- training -------------------------------------------------------------------------------------------------
 
     def collate(self, samples: list[tuple[Tensor, int | None]], generator: torch.Generator) -> Mapping[str, Tensor]:
@@ -242,7 +266,7 @@ class GreenMIM(MaskedPixelMethod):
 
     def _drawn_mask(self, generator: torch.Generator | None = None) -> UnitMask:
         order = torch.rand(self.num_units, generator=generator, device="cpu").argsort()
-        return UnitMask.of(order, self.num_kept, self.shape, official_order=self.config.official_order)
+        return UnitMask.of(order, self.num_visible, self.shape, official_order=self.config.official_order)
 
     def prepare(self, batch: Batch) -> Tensor | MaskedImages:
         """Images with the mask that `collate` made; images alone where it was not called."""
@@ -253,24 +277,15 @@ class GreenMIM(MaskedPixelMethod):
         if isinstance(inputs, Tensor):
             inputs = MaskedImages(inputs, self._drawn_mask().to(inputs.device, self.shape))
         loss = self.model(self.pixels.normalize(inputs.images), inputs.mask)
-        tokens = float(self.num_tokens_at(step, total_steps))
-        return StepOutput(loss, {"mask_ratio": self.config.mask_ratio, "tokens": tokens})
+        return self.step_output(loss, step, total_steps)
 
     def num_tokens_at(self, step: int, total_steps: int) -> int:
         """Visible patches of the first stage."""
-        return self.num_kept * (self.shape.unit_px // self.shape.patch_size) ** 2
+        return self.num_visible * (self.shape.unit_px // self.shape.patch_size) ** 2
 
-    def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """No decay for 1-D tensors, biases, tables of relative positions and the mask token, as in the release."""
-        groups: dict[bool, list[Tensor]] = {True: [], False: []}
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                kept = parameter.ndim <= 1 or any(part in name for part in ("bias", "token"))
-                groups[kept].append(parameter)
-        return [
-            {"params": groups[False], "weight_decay": weight_decay},
-            {"params": groups[True], "weight_decay": 0.0},
-        ]
+    def is_decayed(self, name: str, parameter: Tensor) -> bool:
+        """Not 1-D tensors, biases, tables of relative positions and the mask token, as in the release."""
+        return parameter.ndim > 1 and not any(part in name for part in ("bias", "token"))
 
     # -- the yardstick and the encoder -----------------------------------------------------------------------------
 
@@ -308,12 +323,15 @@ class GreenMIM(MaskedPixelMethod):
     def from_official(cls, state_dict: Mapping[str, Tensor], **options: Any) -> GreenMIM:
         """GreenMIM with the weights of an authors' pre-training checkpoint (its "model" entry).
 
-        Sizes are read off the tensors. `options` are those of `GreenMIMConfig`; `decoder_heads`, which cannot be read
-        off, is 16 as in all published models if left out. `relative_position_index`, a constant of each block that
-        follows from its window, is compared and not kept. Raises WeightsError for another layout or other sizes.
+        Sizes are read off the tensors. `options` are those of `GreenMIMConfig`; `decoder_heads` cannot be read off:
+        left out, it is that of the published decoder, 16 at a width of 512. `official_order` is True if left out, for
+        the authors' models were trained so: it counts where training goes on, while `reconstruct` lays every unit where
+        it belongs either way. `relative_position_index`, a constant of each block that follows from its window, is
+        compared and not kept. Raises WeightsError for another layout and for other sizes.
         """
-        sizes, image_size = _sizes_of(state_dict)
-        method = cls(GreenMIMConfig(**{**sizes, **options}), DataSpec(image_size))
+        sizes, image_size = _sizes_of(state_dict, options.get("decoder_heads"))
+        with reading_sizes():
+            method = cls(GreenMIMConfig(**{"official_order": True, **sizes, **options}), DataSpec(image_size))
         constants = _position_indices(method.shape)
         load_exactly(method.model, {key: value for key, value in state_dict.items() if key not in constants})
         for key, index in constants.items():
@@ -322,7 +340,8 @@ class GreenMIM(MaskedPixelMethod):
         return method
 
     def to_official(self) -> dict[str, Tensor]:
-        """The weights in the authors' layout; `from_official` of them is this model bit for bit."""
+        """The weights in the authors' layout; `from_official` of them, in this `official_order`, is this model bit for
+        bit."""
         constants = _position_indices(self.shape)
         official: dict[str, Tensor] = {}
         for key, tensor in self.model.state_dict().items():
@@ -337,11 +356,12 @@ class GroupSwinClassifier(ImageClassifier):
     """The encoder of GreenMIM on whole images."""
 
     def __init__(self, encoder: GroupSwin, pixels: PixelStats, num_classes: int) -> None:
-        super().__init__(encoder.shape.width, num_classes)
+        device = encoder.norm.weight.device
+        super().__init__(encoder.shape.width, num_classes, device)
         self.encoder, self.pixels = encoder, pixels
         num_units = (encoder.shape.image_size // encoder.shape.unit_px) ** 2
         for name, tensor in pack_groupings(group_stages(np.arange(num_units), encoder.shape.stages)).items():
-            self.register_buffer(name, tensor, persistent=False)
+            self.register_buffer(name, tensor.to(device), persistent=False)
 
     def features(self, images: Tensor) -> Tensor:
         groupings = unpack_groupings(dict(self.named_buffers(recurse=False)), self.encoder.shape.stages)
@@ -371,14 +391,17 @@ def _position_indices(shape: SwinShape) -> dict[str, Tensor]:
     }
 
 
-def _sizes_of(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Any], int]:
+def _sizes_of(state_dict: Mapping[str, Tensor], decoder_heads: int | None) -> tuple[dict[str, Any], int]:
     """Options that give a checkpoint its sizes, and the side of its images; WeightsError where a tensor that tells one
     is missing or no such tensor."""
+    refuse_encoder_alone(state_dict, encoder=("encoder.layers.0.", "layers.0."))
     patches = _tensor(state_dict, "encoder.patch_embed.proj.weight", 4)
     decoder_table = _tensor(state_dict, "decoder_pos_embed", 3)
-    depths = _depths(state_dict)
-    tables = [_tensor(state_dict, _TABLE.format(stage), 2) for stage in range(len(depths))]
-    embed_dim, patch_size = patches.shape[0], patches.shape[-1]
+    stages = range(count_of(state_dict, "encoder.layers.N.", layout=_LAYOUT))
+    depths = tuple(count_of(state_dict, f"encoder.layers.{stage}.blocks.N.", layout=_LAYOUT) for stage in stages)
+    tables = [_tensor(state_dict, _TABLE.format(stage), 2) for stage in stages]
+    embed_dim, patch_size, decoder_width = patches.shape[0], patches.shape[-1], decoder_table.shape[2]
+    grid = _side("tokens of decoder_pos_embed", decoder_table.shape[1])
     sizes = {
         "patch_size": patch_size,
         "embed_dim": embed_dim,
@@ -386,31 +409,15 @@ def _sizes_of(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Any], int]:
         "num_heads": tuple(table.shape[1] for table in tables),
         "window_size": (_side("rows of relative_position_bias_table", tables[0].shape[0]) + 1) // 2,
         "mlp_ratio": _tensor(state_dict, "encoder.layers.0.blocks.0.mlp.fc1.weight", 2).shape[0] / embed_dim,
-        "decoder_width": decoder_table.shape[2],
-        "decoder_depth": _count(state_dict, r"decoder_blocks\.(\d+)\."),
+        "decoder_width": decoder_width,
+        "decoder_depth": count_of(state_dict, "decoder_blocks.N.", layout=_LAYOUT),
+        "decoder_heads": heads_of("decoder", decoder_width, decoder_heads, DECODER_HEADS),
     }
-    grid = _side("tokens of decoder_pos_embed", decoder_table.shape[1])
     return sizes, grid * (patch_size << (len(depths) - 1))
 
 
 def _tensor(state_dict: Mapping[str, Tensor], key: str, ndim: int) -> Tensor:
-    tensor = state_dict.get(key)
-    if not isinstance(tensor, Tensor) or tensor.ndim != ndim:
-        found = "missing" if tensor is None else f"not a tensor of {ndim} dimensions"
-        raise WeightsError(f"checkpoint: {key} is {found}; {_LAYOUT}")
-    return tensor
-
-
-def _depths(state_dict: Mapping[str, Tensor]) -> tuple[int, ...]:
-    stages = _count(state_dict, r"encoder\.layers\.(\d+)\.")
-    return tuple(_count(state_dict, rf"encoder\.layers\.{stage}\.blocks\.(\d+)\.") for stage in range(stages))
-
-
-def _count(state_dict: Mapping[str, Tensor], pattern: str) -> int:
-    numbers = [int(match.group(1)) for match in (re.match(pattern, key) for key in state_dict) if match]
-    if not numbers:
-        raise WeightsError(f"checkpoint: no keys like {pattern}; {_LAYOUT}")
-    return max(numbers) + 1
+    return tensor_of(state_dict, key, ndim=ndim, layout=_LAYOUT)
 
 
 def _side(what: str, count: int) -> int:

@@ -25,7 +25,8 @@ from baselines._gaussian import (
 from baselines._openai_layout import OpenAISizes, load_openai, sizes_from_openai, to_openai
 from baselines._unet import build_unet
 from lmd_bench.errors import WeightsError
-from lmd_bench.method import DataSpec, MethodConfig, StepOutput
+from lmd_bench.method import DataSpec, MethodConfig
+from lmd_bench.nn.official import reading_sizes
 
 _LSUN: dict[str, Any] = {"image_size": 256, "num_heads": 1}
 _SMALL: dict[str, Any] = {
@@ -78,6 +79,8 @@ class IDDPMConfig(DiffusionConfig):
             raise ValueError(
                 "loss simple trains no variance: give hybrid, rescaled_hybrid or vlb, or learn_sigma false"
             )
+        if self.learn_sigma and self.variance != IDDPMConfig.model_fields["variance"].default:
+            raise ValueError(f"variance: {self.variance} has no effect where it is learned; give learn_sigma false too")
         if self.sampler == "ddim":
             try:
                 strided(self.num_train_timesteps, self.num_inference_steps)
@@ -134,17 +137,9 @@ class IDDPM(DiffusionMethod):
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def training_step(self, inputs: Tensor, *, step: int, total_steps: int) -> StepOutput:
-        """Loss at one random timestep per image; drawn by importance it is weighted to the same expectation."""
-        if self.importance is None:
-            return super().training_step(inputs, step=step, total_steps=total_steps)
-        clean = self.clean_inputs(inputs)
-        noise = torch.randn_like(clean)
-        timesteps, weights = self.importance.draw(len(clean))
-        x_t = self.diffusion.q_sample(clean, noise, timesteps)
-        losses = self.loss_terms(self.predict(x_t, timesteps), noise, clean=clean, x_t=x_t, timesteps=timesteps).loss
-        self.importance.update(timesteps, losses)
-        return StepOutput((losses * weights).mean())
+    def draw_timesteps(self, num: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Uniform, or by importance with the weights that keep the expected loss what it is."""
+        return super().draw_timesteps(num, device) if self.importance is None else self.importance.draw(num)
 
     def predict(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
         """The network's raw output: the noise (B, 3, S, S), and beside it as many values for the learned variance.
@@ -155,9 +150,23 @@ class IDDPM(DiffusionMethod):
             timesteps = timesteps.float() * (1000 / self.config.num_train_timesteps)
         return super().predict(x_t, timesteps)
 
-    def loss(self, output: Tensor, noise: Tensor, *, clean: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
-        """() mean of `loss_terms` over the batch."""
-        return self.loss_terms(output, noise, clean=clean, x_t=x_t, timesteps=timesteps).loss.mean()
+    def loss(
+        self,
+        output: Tensor,
+        noise: Tensor,
+        *,
+        clean: Tensor,
+        x_t: Tensor,
+        timesteps: Tensor,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """() mean of `loss_terms` over the batch; with importance sampling's `weights` its history learns of them."""
+        losses = self.loss_terms(output, noise, clean=clean, x_t=x_t, timesteps=timesteps).loss
+        if weights is None:
+            return losses.mean()
+        if self.importance is not None:
+            self.importance.update(timesteps, losses)
+        return (losses * weights).mean()
 
     def loss_terms(self, output: Tensor, noise: Tensor, *, clean: Tensor, x_t: Tensor, timesteps: Tensor) -> LossTerms:
         """What the loss of each image is made of, from the network's raw output and all that went into it."""
@@ -208,8 +217,8 @@ class IDDPM(DiffusionMethod):
         sizes = sizes_from_openai(state_dict)
         known = {**_released(sizes, options), **options}
         image_size = known.pop("image_size")
-        config = IDDPMConfig(**known)
-        method = cls(config, DataSpec(image_size))
+        with reading_sizes():
+            method = cls(IDDPMConfig(**known), DataSpec(image_size))
         load_openai(method.unet, state_dict)
         return method
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from baselines._diffusion import DiffusionConfig, DiffusionMethod
+from baselines._diffusion import DiffusionConfig, DiffusionMethod, steps_text
 from baselines._gaussian import (
     DDIMSampler,
     GaussianDiffusion,
@@ -26,7 +26,7 @@ from baselines._unet import build_unet
 from lmd_bench.errors import WeightsError
 from lmd_bench.method import DataSpec, MethodConfig
 from lmd_bench.nn.masking import fill_with_visible_mean, pixel_mask
-from lmd_bench.nn.official import listed
+from lmd_bench.nn.official import listed, reading_sizes
 from lmd_bench.projector.base import LatentProjector, NetworkProjector
 from lmd_bench.projector.config import ProjectorConfig, check_projector
 from lmd_bench.projector.latent_method import LatentMethod, NoProjector
@@ -34,6 +34,7 @@ from lmd_bench.projector.open import open_projector
 
 _PUBLISHED_SIZE_PX = 256
 _PUBLISHED_FACTOR = 4
+_PUBLISHED_TIMESTEPS = 1000
 
 
 class LDMConfig(DiffusionConfig):
@@ -45,11 +46,11 @@ class LDMConfig(DiffusionConfig):
     projector: ProjectorConfig
     """The frozen first stage. LDM's VQ latents lie before the codebook, and are quantised before they are decoded; of a
     KL's posterior the mode is taken, where the authors draw from it."""
-    block_out_channels: tuple[int, ...] = Field(default=(224, 448, 672, 896), min_length=1)
+    block_out_channels: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(224, 448, 672, 896), min_length=1)
     """Channels of each resolution, finest first; each further one halves the side of the latent map."""
     attention_levels: tuple[int, ...] = (1, 2, 3)
     attention_head_dim: int | None = Field(default=32, ge=1)
-    """Channels per attention head, whatever the width; None: `num_heads` says."""
+    """Channels per attention head, whatever the width; None, or left out beside `num_heads`: that says."""
     num_inference_steps: int = Field(default=200, ge=2)
     """Steps of the DDIM sampler when reconstructing or sampling. Where it does not divide T, the authors' spacing takes
     more."""
@@ -63,15 +64,24 @@ class LDMConfig(DiffusionConfig):
     """As released: every timestep of the sampler is one too high, and its last step ends at the noise of timestep 0.
     False: as in DDIM's paper, timesteps from 0, down to no noise."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _given_heads_win(cls, values: Any) -> Any:
+        """`num_heads` alone takes the place of the default `attention_head_dim`."""
+        if isinstance(values, Mapping) and values.get("num_heads") is not None:
+            return {"attention_head_dim": None, **values}
+        return values
+
     @model_validator(mode="after")
     def _offset_fits(self) -> LDMConfig:
         try:
             self.inference_timesteps()
         except ValueError:
             steps, asked = self.num_train_timesteps, self.num_inference_steps
+            fewer = f"a divisor of {steps} up to {steps // 2}, or " if self.spacing == "uniform" else ""
             raise ValueError(
-                f"num_inference_steps: {asked} with ddim_offset ends beyond the last timestep {steps - 1}; use a "
-                f"divisor of {steps} up to {steps // 2}, or ddim_offset: false"
+                f"num_inference_steps: {asked} with ddim_offset ends beyond the last timestep {steps - 1}; use "
+                f"{fewer}ddim_offset: false"
             ) from None
         return self
 
@@ -119,19 +129,9 @@ class LDM(LatentMethod, DiffusionMethod):
         """The latent map, and the true number of reverse steps where it is not the one asked for."""
         info = check_projector(config.projector, data.image_size)
         side = data.image_size // info.factor
-        steps, asked = len(config.inference_timesteps()), config.num_inference_steps
-        text = f"latents of {side} x {side} x {info.latent_channels}"
-        if steps == asked:
-            return text
-        return f"{text}; {steps} reverse steps for num_inference_steps {asked}, as the authors count"
-
-    def loss(self, output: Tensor, noise: Tensor, *, clean: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
-        """Mean squared error of the predicted noise (eq. 2)."""
-        return F.mse_loss(output, noise)
-
-    def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """One group: the authors decay biases and norms too."""
-        return [{"params": list(self.unet.parameters()), "weight_decay": weight_decay}]
+        latents = f"latents of {side} x {side} x {info.latent_channels}"
+        steps = steps_text(len(config.inference_timesteps()), config.num_inference_steps)
+        return latents if steps is None else f"{latents}; {steps}"
 
     # -- the latent space -----------------------------------------------------------------------------------------
 
@@ -205,13 +205,15 @@ class LDM(LatentMethod, DiffusionMethod):
         _require_plain(sizes)
         named = projector if isinstance(projector, ProjectorConfig) else ProjectorConfig(kind="pixels")
         own = {"projector": named, "num_train_timesteps": _num_timesteps(state_dict), **_options(sizes)}
-        config = LDMConfig(**{**own, **options})
+        _require_schedule(state_dict, {**own, **options}["num_train_timesteps"])
+        with reading_sizes():
+            config = LDMConfig(**{**own, **options})
         if isinstance(projector, ProjectorConfig):
             projector = open_projector(projector)
         opened = projector or NoProjector(sizes.in_channels, factor=_PUBLISHED_FACTOR)
         _require_fitting_latents(opened, sizes, state_dict)
-        method = cls(config, DataSpec(image_size or _PUBLISHED_SIZE_PX), projector=opened)
-        _require_schedule(state_dict, method.diffusion)
+        with reading_sizes():
+            method = cls(config, DataSpec(image_size or _PUBLISHED_SIZE_PX), projector=opened)
         load_openai(method.unet, weights)
         return method
 
@@ -249,8 +251,8 @@ def _unet_weights(state_dict: Mapping[str, Tensor], *, ema: bool) -> dict[str, T
     names = [key.removeprefix(_UNET) for key in state_dict if key.startswith(_UNET)]
     if not names:
         raise WeightsError(
-            f"checkpoint: no keys {_UNET}*; expected latent-diffusion's layout: give the mapping of tensors itself, "
-            'its "state_dict" entry'
+            f"checkpoint: {_UNET}input_blocks.0.0.weight is missing; expected latent-diffusion's layout: give the "
+            'mapping of tensors itself, its "state_dict" entry'
         )
     allowed = re.compile("|".join((re.escape(_UNET) + ".+", *_LEFT_OUT)))
     others = [key for key in state_dict if not allowed.fullmatch(key)]
@@ -291,27 +293,35 @@ def _require_fitting_latents(projector: LatentProjector, sizes: OpenAISizes, sta
             f"{projector.latent_channels}; give the first stage it was trained with"
         )
     scale = state_dict.get("scale_factor")
-    if scale is None or not isinstance(projector, NetworkProjector):
+    if scale is None:
         return
-    if scale.numel() != 1 or abs(float(scale) - projector.scale) > 1e-3 * projector.scale:
-        raise WeightsError(
-            f"checkpoint: scale_factor {scale.flatten()[:1].tolist()}, projector {projector.name} has scale "
-            f"{projector.scale:g}; set projector.scale to the checkpoint's"
-        )
+    own = projector.scale if isinstance(projector, NetworkProjector) else 1.0
+    if scale.numel() == 1 and abs(float(scale) - own) <= 1e-3 * own:
+        return
+    found = f"checkpoint: scale_factor {scale.flatten()[:1].tolist()}"
+    if isinstance(projector, NoProjector):
+        raise WeightsError(f"{found}: its latents are its first stage's times that; give the first stage as projector")
+    raise WeightsError(
+        f"{found}, projector {projector.name} has scale {own:g}; set projector.scale to the checkpoint's"
+    )
 
 
 def _num_timesteps(state_dict: Mapping[str, Tensor]) -> int:
     betas = state_dict.get("betas")
-    return 1000 if betas is None else betas.numel()
+    if betas is None:
+        return _PUBLISHED_TIMESTEPS
+    if betas.ndim != 1 or len(betas) < 2:
+        raise WeightsError(f"checkpoint: betas {tuple(betas.shape)} are no noise schedule; expected (T,), T from 2")
+    return len(betas)
 
 
-def _require_schedule(state_dict: Mapping[str, Tensor], diffusion: GaussianDiffusion) -> None:
+def _require_schedule(state_dict: Mapping[str, Tensor], num_timesteps: int) -> None:
     betas = state_dict.get("betas")
     if betas is None:
         return
-    own = torch.from_numpy(diffusion.betas)
+    own = torch.from_numpy(noise_schedule("scaled_linear", num_timesteps))
     if betas.shape != own.shape or not torch.allclose(betas.double(), own, rtol=1e-5, atol=0.0):
-        ends = [f"{table[0]:g} to {table[-1]:g} over {len(table)} steps" for table in (betas.flatten(), own)]
         raise WeightsError(
-            f"checkpoint: betas are {ends[0]}; the noise schedule here is {ends[1]}, linear in their root"
+            f"checkpoint: betas are {betas[0]:g} to {betas[-1]:g} over {len(betas)} steps; the noise schedule here is "
+            f"0.0015 to 0.0195 over {num_timesteps} steps, linear in their root"
         )

@@ -10,15 +10,17 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from baselines._masked_pixels import MaskedPixelMethod, PixelStatsName
+from lmd_bench.errors import WeightsError
 from lmd_bench.lmd.mask_schedule import check_leaves_tokens, num_kept
 from lmd_bench.method import DataSpec, MethodConfig, StepOutput
 from lmd_bench.nn.classifier import MaskedAutoencoderClassifier
 from lmd_bench.nn.config import AutoencoderConfig, sizes_of
-from lmd_bench.nn.masked_autoencoder import MaskedAutoencoder
+from lmd_bench.nn.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderShape
 from lmd_bench.nn.masking import pixel_mask, random_ids, token_mask
-from lmd_bench.nn.official import load_exactly, shape_of_checkpoint
+from lmd_bench.nn.official import load_exactly, reading_sizes, shape_of_checkpoint
 
-_SIZES: dict[str, dict[str, int]] = {
+MAESize = Literal["base", "large", "huge"]
+_SIZES: dict[MAESize, dict[str, int]] = {
     "base": {"patch_size": 16, "encoder_width": 768, "encoder_depth": 12, "encoder_heads": 12},
     "large": {"patch_size": 16, "encoder_width": 1024, "encoder_depth": 24, "encoder_heads": 16},
     "huge": {"patch_size": 14, "encoder_width": 1280, "encoder_depth": 32, "encoder_heads": 16},
@@ -29,8 +31,9 @@ _SIZES: dict[str, dict[str, int]] = {
 class MAEConfig(AutoencoderConfig):
     """Options of MAE; the defaults are ViT-B/16 as published, but for plain targets."""
 
-    size: Literal["base", "large", "huge"] = "base"
-    """One of the published encoders, ViT-B/16, ViT-L/16 or ViT-H/14. Sizes that are given themselves win."""
+    size: MAESize | None = "base"
+    """One of the published encoders, ViT-B/16, ViT-L/16 or ViT-H/14. Sizes that are given themselves win. None: those
+    that are given make an encoder of their own, as an imported checkpoint's may be."""
     patch_size: int = Field(default=16, ge=1)
     """Side of a token, px."""
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
@@ -57,7 +60,8 @@ class MAE(MaskedPixelMethod):
         self.model = MaskedAutoencoder(
             config.shape(data.image_size, in_channels=3), normalize_targets=config.normalize_targets
         )
-        self.num_kept = num_kept(self.model.shape.num_tokens, config.mask_ratio)
+        self.num_units = self.model.shape.num_tokens
+        self.num_visible = num_kept(self.num_units, config.mask_ratio)
 
     @classmethod
     def check(cls, config: MAEConfig, data: DataSpec) -> None:
@@ -72,13 +76,13 @@ class MAE(MaskedPixelMethod):
 
     def training_step(self, inputs: Tensor, *, step: int, total_steps: int) -> StepOutput:
         """Loss on images (B, 3, S, S) in [0, 1] under a fresh random mask."""
-        ids = random_ids(len(inputs), self.model.shape.num_tokens, inputs.device)
-        loss = self.model(self.pixels.normalize(inputs), ids, self.num_kept)
-        return StepOutput(loss, {"mask_ratio": self.config.mask_ratio, "tokens": float(self.num_kept)})
+        ids = random_ids(len(inputs), self.num_units, inputs.device)
+        loss = self.model(self.pixels.normalize(inputs), ids, self.num_visible)
+        return self.step_output(loss, step, total_steps)
 
     def num_tokens_at(self, step: int, total_steps: int) -> int:
         """Visible patches, the class token not counted."""
-        return self.num_kept
+        return self.num_visible
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
@@ -91,7 +95,7 @@ class MAE(MaskedPixelMethod):
 
     def classifier(self, num_classes: int) -> nn.Module:
         """The encoder, which it shares, with mean pooling and a fresh head, as in MAE's fine-tuning."""
-        return MaskedAutoencoderClassifier(self.model, self.pixels.normalize, num_classes)
+        return MaskedAutoencoderClassifier(self.model, self.pixels, num_classes)
 
     @classmethod
     def from_official(cls, state_dict: Mapping[str, Tensor], **options: Any) -> MAE:
@@ -99,10 +103,18 @@ class MAE(MaskedPixelMethod):
 
         Sizes are read off the tensors. `options` are those of `MAEConfig`; `encoder_heads` and `decoder_heads` cannot
         be read off: left out, they are those of the published models of these widths. Raises WeightsError for other
-        widths, and naming keys that do not fit.
+        widths, for a `size` that is not the encoder's, and naming keys that do not fit.
         """
         shape = shape_of_checkpoint(state_dict, **{name: options.get(name) for name in _HEADS})
-        method = cls(MAEConfig(**{**sizes_of(shape), **options}), DataSpec(shape.input_size))
+        sizes, size = sizes_of(shape), _published_size(shape)
+        if options.get("size") not in (None, size):
+            raise WeightsError(
+                f"checkpoint: size: its encoder is not {options['size']}, but {shape.encoder_width} wide with "
+                f"{shape.encoder_depth} blocks and {shape.encoder_heads} heads on patches of {shape.patch_size} px; "
+                "leave size out"
+            )
+        with reading_sizes():
+            method = cls(MAEConfig(**{**sizes, "size": size, **options}), DataSpec(shape.input_size))
         load_exactly(method.model, state_dict)
         return method
 
@@ -112,3 +124,9 @@ class MAE(MaskedPixelMethod):
 
 
 _HEADS = ("encoder_heads", "decoder_heads")
+
+
+def _published_size(shape: MaskedAutoencoderShape) -> MAESize | None:
+    """Which published encoder has all of these sizes, None where none has."""
+    names = (name for name, sizes in _SIZES.items() if all(getattr(shape, key) == sizes[key] for key in sizes))
+    return next(names, None)

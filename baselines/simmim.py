@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -18,7 +17,7 @@ from baselines._swin import SwinEncoder, SwinOptions
 from lmd_bench.errors import ConfigError, WeightsError
 from lmd_bench.method import DataSpec, MethodConfig, StepOutput
 from lmd_bench.nn.masking import pixel_mask, random_ids, take_tokens, token_mask
-from lmd_bench.nn.official import load_exactly
+from lmd_bench.nn.official import count_of, load_exactly, reading_sizes, refuse_encoder_alone, tensor_of
 
 Backbone = Annotated[SwinOptions | ViTOptions, Field(discriminator="kind")]
 
@@ -35,12 +34,18 @@ class SimMIMConfig(MethodConfig):
     pixel_stats: PixelStatsName = "imagenet"
     """Mean and deviation that pixels are normalised by: ImageNet's, or 0.5 and 0.5 (to [-1, 1])."""
 
+    def sizes_text(self) -> str:
+        """The network's sizes in words."""
+        return f"{self.backbone.sizes_text()}, a linear head"
+
 
 class UnitMasks(nn.Module):
     """Random masks over square units, as masks over patches and as ids of the encoder's output tokens."""
 
     unit_of_patch: Tensor
+    """(L,) int64, the unit that each patch lies in."""
     tokens_of_unit: Tensor
+    """(U, n) int64, the n output tokens of each unit; only where units cover whole ones."""
 
     def __init__(self, config: SimMIMConfig, image_size: int) -> None:
         super().__init__()
@@ -60,14 +65,14 @@ class UnitMasks(nn.Module):
         """Ids (B, k) of the units that each sample hides."""
         return random_ids(batch_size, self.num_units, device)[:, : self.num_hidden]
 
-    def hidden_units(self, ids: Tensor) -> Tensor:
-        """(B, U) bool for ids (B, k) of hidden units."""
-        visible = torch.zeros(len(ids), self.num_units, dtype=torch.bool, device=ids.device)
-        return visible.scatter(1, ids, True)
+    def unit_mask(self, ids: Tensor) -> Tensor:
+        """(B, U) bool, True = hidden, for ids (B, k) of hidden units."""
+        nothing_hidden = torch.zeros(len(ids), self.num_units, dtype=torch.bool, device=ids.device)
+        return nothing_hidden.scatter(1, ids, True)
 
     def hidden_patches(self, ids: Tensor) -> Tensor:
         """(B, L) bool, in raster order of the patches."""
-        return self.hidden_units(ids).index_select(1, self.unit_of_patch)
+        return self.unit_mask(ids).index_select(1, self.unit_of_patch)
 
     def hidden_tokens(self, ids: Tensor) -> Tensor | None:
         """Ids (B, n) of the output tokens that the units hide, None where units hide only parts of them."""
@@ -76,7 +81,7 @@ class UnitMasks(nn.Module):
     def hidden_pixels(self, ids: Tensor, image_size: int) -> Tensor:
         """(B, 1, S, S) bool."""
         side = image_size // self.unit_px
-        return pixel_mask(self.hidden_units(ids).view(-1, side, side), image_size)
+        return pixel_mask(self.unit_mask(ids).view(-1, side, side), image_size)
 
 
 class SimMIMModel(nn.Module):
@@ -122,6 +127,8 @@ class SimMIM(MaskedPixelMethod):
     def __init__(self, config: SimMIMConfig, data: DataSpec) -> None:
         super().__init__(config, data)
         self.masks = UnitMasks(config, data.image_size)
+        self.num_units = self.masks.num_units
+        self.num_visible = self.num_units - self.masks.num_hidden
         self.model = SimMIMModel(config.backbone, data.image_size)
 
     @classmethod
@@ -148,6 +155,11 @@ class SimMIM(MaskedPixelMethod):
         return config.backbone.patch_size
 
     @classmethod
+    def mask_unit_px(cls, config: SimMIMConfig, data: DataSpec) -> int:
+        """The option of that name."""
+        return config.mask_unit_px
+
+    @classmethod
     def plan_text(cls, config: SimMIMConfig, data: DataSpec) -> str:
         """How many units training masks hide."""
         hidden, units = num_hidden_units(config, data.image_size), (data.image_size // config.mask_unit_px) ** 2
@@ -157,26 +169,16 @@ class SimMIM(MaskedPixelMethod):
         """Loss on images (B, 3, S, S) in [0, 1] under a fresh random mask for each."""
         ids = self.masks.draw(len(inputs), inputs.device)
         loss = self.model.loss(self.pixels.normalize(inputs), self.masks, ids)
-        ratio, tokens = self.mask_ratio_at(step, total_steps), self.num_tokens_at(step, total_steps)
-        return StepOutput(loss, {"mask_ratio": ratio, "tokens": float(tokens)})
-
-    def mask_ratio_at(self, step: int, total_steps: int) -> float:
-        """The share of units that are hidden: the option's, rounded up to whole units."""
-        return self.masks.num_hidden / self.masks.num_units
+        return self.step_output(loss, step, total_steps)
 
     def num_tokens_at(self, step: int, total_steps: int) -> int:
         """All patches, hidden or not; a class token is not counted."""
         return self.model.encoder.num_tokens
 
-    def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """The authors' groups: beside biases and 1-D parameters, Swin's mask token and bias tables are not decayed,
-        and of a ViT the class token, while its mask token and bias table are."""
-        decayed: list[Tensor] = []
-        kept: list[Tensor] = []
-        for name, parameter in self.named_parameters():
-            exempt = parameter.ndim <= 1 or name.endswith(".bias") or not self.model.encoder.is_decayed(name)
-            (kept if exempt else decayed).append(parameter)
-        return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    def is_decayed(self, name: str, parameter: Tensor) -> bool:
+        """The authors' rule: beside biases and 1-D parameters, Swin's mask token and bias tables are not decayed, and
+        of a ViT the class token, while its mask token and bias table are."""
+        return super().is_decayed(name, parameter) and self.model.encoder.is_decayed(name)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
@@ -189,21 +191,25 @@ class SimMIM(MaskedPixelMethod):
 
     def classifier(self, num_classes: int) -> nn.Module:
         """The encoder, which it shares, with mean pooling and a fresh head."""
-        return self.model.encoder.classifier(self.pixels.normalize, num_classes)
+        return self.model.encoder.classifier(self.pixels, num_classes)
 
     @classmethod
     def from_official(cls, state_dict: Mapping[str, Tensor], **options: Any) -> SimMIM:
         """SimMIM with the weights of an authors' pre-training checkpoint (its "model" entry), Swin or ViT.
 
         Sizes are read off the tensors. `options` are those of `SimMIMConfig`; what is given in `backbone` wins over
-        what is read. Raises WeightsError where the tensors are not SimMIM's, and naming keys that do not fit.
+        what is read. Raises WeightsError where the tensors are not SimMIM's, naming keys that do not fit, and for
+        tables (`relative_position_index`, `attn_mask`) that are not those of windows of these sizes.
         """
+        refuse_encoder_alone(state_dict, encoder=("encoder.layers.0.", "encoder.blocks.0.", "layers.0.", "blocks.0."))
         if "encoder.mask_token" not in state_dict:
             raise WeightsError("checkpoint: no key encoder.mask_token: not a pre-training checkpoint of SimMIM")
         read = _read_vit if "encoder.cls_token" in state_dict else _read_swin
         sizes, image_size = read(state_dict)
-        config = SimMIMConfig(**{**options, "backbone": {**sizes, **_as_dict(options.get("backbone", {}))}})
-        method = cls(config, DataSpec(image_size))
+        with reading_sizes():
+            config = SimMIMConfig(**{**options, "backbone": {**sizes, **_as_dict(options.get("backbone", {}))}})
+            method = cls(config, DataSpec(image_size))
+        _require_tables(state_dict, method.model)
         load_exactly(method.model, state_dict)
         return method
 
@@ -238,12 +244,17 @@ def _enlarged(units: Tensor, factor: int) -> Tensor:
 
 # -- sizes of a checkpoint --------------------------------------------------------------------------------------------
 
+_LAYOUT = (
+    "expected SimMIM's pre-training layout (encoder.mask_token, encoder.layers.0... or encoder.blocks.0..., "
+    "decoder.0.weight)"
+)
+
 
 def _read_swin(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], int]:
     """Options of a Swin encoder, and the image size."""
     weight = _shape(state, "encoder.patch_embed.proj.weight", 4)
-    stages = range(_count(state, r"encoder\.layers\.(\d+)\."))
-    depths = tuple(_count(state, rf"encoder\.layers\.{stage}\.blocks\.(\d+)\.") for stage in stages)
+    stages = range(count_of(state, "encoder.layers.N.", layout=_LAYOUT))
+    depths = tuple(count_of(state, f"encoder.layers.{stage}.blocks.N.", layout=_LAYOUT) for stage in stages)
     tables = [
         _shape(state, f"encoder.layers.{stage}.blocks.0.attn.relative_position_bias_table", 2) for stage in stages
     ]
@@ -279,30 +290,23 @@ def _read_vit(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], int]:
         "kind": "vit",
         "patch_size": weight[-1],
         "embed_dim": weight[0],
-        "depth": _count(state, r"encoder\.blocks\.(\d+)\."),
+        "depth": count_of(state, "encoder.blocks.N.", layout=_LAYOUT),
         "num_heads": heads,
         "mlp_ratio": _shape(state, "encoder.blocks.0.mlp.fc1.weight", 2)[0] / weight[0],
     }
     return sizes, grid * weight[-1]
 
 
+def _require_tables(state: Mapping[str, Tensor], model: SimMIMModel) -> None:
+    """Raise WeightsError for a table of positions or windows that is not the one the model has built itself."""
+    for key, table in model.named_buffers():
+        found = state.get(key)
+        if found is not None and found.shape == table.shape and not torch.equal(found.to(table), table):
+            raise WeightsError(f"checkpoint: {key} is not that of windows of its size: another model's?")
+
+
 def _shape(state: Mapping[str, Tensor], key: str, ndim: int) -> torch.Size:
-    tensor = state.get(key)
-    if not isinstance(tensor, Tensor) or tensor.ndim != ndim:
-        found = "missing" if tensor is None else f"not a tensor of {ndim} dimensions"
-        raise WeightsError(
-            f"checkpoint: {key} is {found}; expected SimMIM's pre-training layout (encoder.mask_token, "
-            f"encoder.layers.0... or encoder.blocks.0..., decoder.0.weight): give the mapping of tensors itself, often "
-            f"found under the key 'model'"
-        )
-    return tensor.shape
-
-
-def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    numbers = [int(match.group(1)) for match in map(re.compile(pattern).match, state) if match]
-    if not numbers:
-        raise WeightsError(f"checkpoint: no key matches {pattern}; expected SimMIM's pre-training layout")
-    return max(numbers) + 1
+    return tensor_of(state, key, ndim=ndim, layout=_LAYOUT).shape
 
 
 def _as_dict(backbone: Any) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from baselines._masked_pixels import MaskedPixelMethod, PixelStatsName
-from baselines._um_mae_pyramid import (
-    PyramidAutoencoder,
-    PyramidClassifier,
+from baselines._um_mae_classifier import PyramidClassifier
+from baselines._um_mae_pyramid import PyramidAutoencoder
+from baselines._um_mae_shape import (
+    PATCHES_PER_TOKEN_SIDE,
     PyramidShape,
     check_pyramid,
     pyramid_shape_of_checkpoint,
@@ -26,7 +27,7 @@ from lmd_bench.method import DataSpec, MethodConfig, StepOutput
 from lmd_bench.nn.classifier import MaskedAutoencoderClassifier
 from lmd_bench.nn.config import AutoencoderConfig, sizes_of
 from lmd_bench.nn.masking import pixel_mask, take_tokens, token_mask
-from lmd_bench.nn.official import load_exactly, shape_of_checkpoint
+from lmd_bench.nn.official import load_exactly, reading_sizes, refuse_encoder_alone, shape_of_checkpoint
 from lmd_bench.nn.patches import normalised, patchify, unpatchify
 
 Backbone = Literal["vit", "pvt", "swin"]
@@ -41,7 +42,8 @@ class UMMAEConfig(AutoencoderConfig):
     """Options of UM-MAE; the defaults are the authors' ViT-B/16 with a decoder of 2 blocks, but for plain targets.
 
     `encoder_*` and `mlp_ratio` are the ViT's. A pyramid has the sizes of PVT-S or Swin-T unless `stage_*` say
-    otherwise.
+    otherwise. The authors' Swin-L: `backbone` swin, `stage_widths` 192, 384, 768, 1536, `stage_depths` 2, 2, 18, 2,
+    `stage_heads` 6, 12, 24, 48, `bias_hidden` 64, `decoder_depth` 8.
     """
 
     backbone: Backbone = "vit"
@@ -49,6 +51,7 @@ class UMMAEConfig(AutoencoderConfig):
     patch_size: int = Field(default=16, ge=1)
     """Side of a token, px; a pyramid's own patches are a quarter of it."""
     decoder_depth: int = Field(default=2, ge=1)
+    """Blocks of the decoder."""
     mask_ratio: float = Field(default=MASK_RATIO)
     """Share of tokens hidden: one of every 2 x 2 stays visible, so 0.75 and nothing else."""
     regular: bool = True
@@ -69,7 +72,8 @@ class UMMAEConfig(AutoencoderConfig):
     """Hidden width of Swin's MLP for position biases."""
     official_order: bool = False
     """Whether a pyramid's decoder has the release's fault: visible tokens leave the encoder cell by cell, and their
-    positions are looked up in raster order. False gives each token its own position. The ViT has no such fault."""
+    positions are looked up in raster order. False gives each token its own position. The authors' checkpoints of
+    pyramids were trained with it. The ViT has no such fault."""
 
     @model_validator(mode="after")
     def _consistent(self) -> UMMAEConfig:
@@ -91,7 +95,8 @@ class UMMAEConfig(AutoencoderConfig):
         shape = self.pyramid_shape(image_size=0)
         stages = [f"{name} {list(getattr(shape, f'stage_{name}'))}" for name in ("widths", "depths", "heads")]
         decoder = f"decoder of width {self.decoder_width}, {self.decoder_depth} blocks and {self.decoder_heads} heads"
-        return f"{self.backbone} with stages of {', '.join(stages)}, {decoder}"
+        order = " in the order of the release" if self.official_order else ""
+        return f"{self.backbone} with stages of {', '.join(stages)}, {decoder}{order}"
 
     def pyramid_shape(self, image_size: int) -> PyramidShape:
         """A pyramid's sizes on images of this side, px; not checked yet."""
@@ -125,8 +130,8 @@ class UMMAE(MaskedPixelMethod):
         else:
             self.model = PyramidAutoencoder(config.pyramid_shape(data.image_size))
         self.grid_size = data.image_size // config.patch_size
-        num_tokens = self.grid_size**2
-        self.num_visible = num_tokens - int(MASK_RATIO * num_tokens)
+        self.num_units = self.grid_size**2
+        self.num_visible = self.num_units - int(MASK_RATIO * self.num_units)
 
     @classmethod
     def check(cls, config: UMMAEConfig, data: DataSpec) -> None:
@@ -152,8 +157,7 @@ class UMMAE(MaskedPixelMethod):
         pixels = self.pixels.normalize(inputs)
         visible = self._draw_visible(len(inputs), inputs.device)
         noise = torch.rand(len(inputs), self.num_visible, device=inputs.device)
-        loss = self.loss(pixels, visible, noise)
-        return StepOutput(loss, {"mask_ratio": self.config.mask_ratio, "tokens": float(self.num_visible)})
+        return self.step_output(self.loss(pixels, visible, noise), step, total_steps)
 
     def loss(self, pixels: Tensor, visible: Tensor, secondary_noise: Tensor) -> Tensor:
         """() mean squared error on the hidden tokens of normalised images (B, 3, S, S).
@@ -172,8 +176,9 @@ class UMMAE(MaskedPixelMethod):
         return draw_random(batch_size, self.grid_size**2, device)
 
     def num_tokens_at(self, step: int, total_steps: int) -> int:
-        """Visible tokens, replaced ones among them, the class token not counted."""
-        return self.num_visible
+        """What the encoder computes of the visible tokens, replaced ones among them: a ViT the tokens, its class token
+        not counted, a pyramid the 4 x 4 patches of each."""
+        return self.num_visible * (1 if self.config.backbone == "vit" else PATCHES_PER_TOKEN_SIDE**2)
 
     # -- the yardstick --------------------------------------------------------------------------------------------
 
@@ -218,28 +223,31 @@ class UMMAE(MaskedPixelMethod):
     def classifier(self, num_classes: int) -> nn.Module:
         """The encoder, which it shares, on whole images with a fresh head."""
         if isinstance(self.model, UMViT):
-            return MaskedAutoencoderClassifier(self.model, self.pixels.normalize, num_classes)
-        return PyramidClassifier(self.model, self.pixels.normalize, num_classes)
+            return MaskedAutoencoderClassifier(self.model, self.pixels, num_classes)
+        return PyramidClassifier(self.model, self.pixels, num_classes)
 
     @classmethod
     def from_official(cls, state_dict: Mapping[str, Tensor], **options: Any) -> UMMAE:
         """UM-MAE with the weights of an authors' pre-training checkpoint (its "model" entry).
 
         The backbone is recognised by its keys, sizes are read off the tensors, `options` of `UMMAEConfig` win. Heads
-        cannot be read off: left out, they are those of the published models of these widths. Raises WeightsError for
-        other widths, for checkpoints of another method, and naming keys that do not fit.
+        cannot be read off: left out, they are those of the published models of these widths. `official_order` of a
+        pyramid is True if left out, for the authors' were trained so. Raises WeightsError for other widths, for
+        checkpoints of another method, and naming keys that do not fit.
         """
         backbone = _backbone_of(state_dict)
         if options.get("backbone", backbone) != backbone:
             raise WeightsError(f"checkpoint: its keys are those of {backbone}, not of {options['backbone']}")
         read_sizes = _vit_sizes if backbone == "vit" else _pyramid_sizes
         sizes, image_size = read_sizes(state_dict, options)
-        method = cls(UMMAEConfig(**{"backbone": backbone, **sizes, **options}), DataSpec(image_size))
+        with reading_sizes():
+            method = cls(UMMAEConfig(**{"backbone": backbone, **sizes, **options}), DataSpec(image_size))
         load_exactly(method.model, state_dict)
         return method
 
     def to_official(self) -> dict[str, Tensor]:
-        """The weights in the authors' layout; `from_official` of them is this model bit for bit."""
+        """The weights in the authors' layout; `from_official` of them, in this `official_order`, is this model bit for
+        bit."""
         weights = self.model.state_dict()
         return {"vis_mask_token": weights.pop("vis_mask_token"), **weights}
 
@@ -255,12 +263,13 @@ def _pyramid_sizes(state_dict: Mapping[str, Tensor], options: Mapping[str, Any])
     """The same for a pyramid."""
     heads = {name: options.get(name) for name in ("stage_heads", "decoder_heads")}
     shape = pyramid_shape_of_checkpoint(state_dict, **heads)
-    names = (*_OF_PYRAMIDS, "bias_hidden", "decoder_width", "decoder_depth", "decoder_heads")
+    names = (*_OF_PYRAMIDS, "bias_hidden", "decoder_width", "decoder_depth", "decoder_heads", "official_order")
     return {"patch_size": shape.token_px, **{name: getattr(shape, name) for name in names}}, shape.image_size
 
 
 def _backbone_of(state_dict: Mapping[str, Tensor]) -> Backbone:
     """Which backbone a checkpoint is of, told by the one key that each has alone. Raises WeightsError for none."""
+    refuse_encoder_alone(state_dict, encoder=("blocks.0.",))
     if "vis_mask_token" not in state_dict:
         raise WeightsError("checkpoint: no key vis_mask_token: not a pre-training checkpoint of UM-MAE")
     for key, backbone in _KEY_OF.items():

@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Json = dict[str, Any]
+ImageSize = Annotated[int, Field(ge=8, le=4096)]
+"""Side of square images, px."""
 
 
 def near(word: str, words: typing.Iterable[str]) -> str:
@@ -37,7 +39,7 @@ class DataConfig(_Values):
     path: str | None = None
     """Folder of images (ImageFolder layout, with or without train/ and val/, or flat), or LSUN's LMDB folder of a
     category, or the folder that holds them. Only for `folder`."""
-    image_size: int = Field(default=64, ge=8, le=4096)
+    image_size: ImageSize = 64
     """Side of the square training images, px."""
     num_train: int | None = Field(default=None, ge=1)
     """Training images; None takes all of a folder. `scenes` needs a number: they are made once, before timing."""
@@ -197,7 +199,7 @@ class RowConfig(_Values):
     """Name of one of the suite's recipes."""
     options: Json = {}
     """The method's own options, checked by the method."""
-    image_size: int | None = Field(default=None, ge=8, le=4096)
+    image_size: ImageSize | None = None
     """Overrides data.image_size for this row."""
     published: str | None = None
     """The row of the published tables this one stands beside, as it is named there."""
@@ -343,7 +345,7 @@ class ImportedConfig(_Values):
     code: str | None = None
     """As in `RunConfig`."""
     options: Json
-    image_size: int
+    image_size: ImageSize
     source: str
     """Name of the authors' file."""
     source_sha256: str

@@ -19,6 +19,10 @@ class MethodConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    def sizes_text(self) -> str:
+        """The network's sizes in words, with what an authors' checkpoint is silent on. Default: the class's name."""
+        return type(self).__name__.removesuffix("Config")
+
 
 @dataclass(frozen=True)
 class DataSpec:
@@ -98,6 +102,19 @@ class Method(nn.Module, ABC):
         return None
 
     @classmethod
+    def mask_unit_px(cls, config: Any, data: DataSpec) -> int | None:
+        """Side in pixels of what the method's own training masks hide as a whole; default: a token.
+
+        Random masks for a method without a run of its own, such as an authors' checkpoint, are of such units.
+        """
+        return cls.token_px(config, data)
+
+    @classmethod
+    def compile_obstacle(cls, config: Any) -> str | None:
+        """Why `--compile` cannot be used with this configuration ("shapes change with every mask"), None: it can."""
+        return None
+
+    @classmethod
     def inputs_digest(cls, config: Any) -> str | None:
         """Digest of what lies in files that the options name, such as frozen weights; None where they name none.
 
@@ -149,13 +166,17 @@ class Method(nn.Module, ABC):
         """What `--compile` compiles. Default: every child module that is trained, so not a frozen projector."""
         return [child for child in self.children() if any(p.requires_grad for p in child.parameters())]
 
+    def is_decayed(self, name: str, parameter: Tensor) -> bool:
+        """Whether weight decay acts on a trainable parameter. Default: not on 1-D tensors and biases (timm)."""
+        return parameter.ndim > 1 and not name.endswith(".bias")
+
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Optimizer groups over the trainable parameters. Default: no decay for 1-D tensors and biases (timm)."""
+        """Optimizer groups over the trainable parameters: those that `is_decayed` names, and the others."""
         decayed: list[Tensor] = []
         kept: list[Tensor] = []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                (kept if parameter.ndim <= 1 or name.endswith(".bias") else decayed).append(parameter)
+                (decayed if self.is_decayed(name, parameter) else kept).append(parameter)
         groups: list[dict[str, Any]] = [
             {"params": decayed, "weight_decay": weight_decay},
             {"params": kept, "weight_decay": 0.0},
@@ -222,7 +243,12 @@ class Method(nn.Module, ABC):
         raise TypeError(f"{type(self).__name__} does not generate images")
 
     def classifier(self, num_classes: int) -> nn.Module:
-        """A module (B, 3, S, S) -> (B, num_classes) that shares the encoder, for fine-tuning (MAT)."""
+        """A module (B, 3, S, S) -> (B, num_classes) that shares the encoder, for fine-tuning (MAT).
+
+        Everything it needs is its own submodule, parameter or buffer, so that `.to(device)` moves it as a whole; what
+        is new is made on the device of the encoder's weights. A frozen projector in it asks for no gradients, so an
+        optimizer takes the parameters that do.
+        """
         raise TypeError(f"{type(self).__name__} has no encoder to fine-tune")
 
     @classmethod

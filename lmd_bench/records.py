@@ -199,9 +199,11 @@ class ProfileRow(_Part):
     method: str
     optimizer: str
     parameters: int
+    """Without those of a frozen projector."""
     batch_size: int
     flops_per_step: int | None
     projector: str | None = None
+    projector_parameters: int = 0
 
 
 class ProfileRecord(_Part):

@@ -86,10 +86,11 @@ def check_method(
 ) -> None:
     """Assert that a method keeps its contract with the harness.
 
-    Checked, in this order: options are accepted; the loss is one finite number; gradients reach every trainable and
-    no frozen parameter; the same seed gives the same loss bit for bit; one batch can be overfitted; the optimizer's
-    groups hold every trainable parameter exactly once; weights survive a state dict; mask ratios and token counts
-    make sense; a reconstruction has the right shape and range and does not depend on hidden pixels.
+    Checked, in this order: options are accepted; the loss is one finite number; the same seed gives the same loss bit
+    for bit, and another seed other weights; the optimizer's groups hold every trainable parameter exactly once; weights
+    survive a state dict; mask ratios and token counts make sense; gradients reach every trainable and no frozen
+    parameter while one batch is overfitted; a reconstruction has the right shape and range and does not depend on
+    hidden pixels.
 
     `batch_size` random smooth images of `data.image_size` are used, with `mask_units` x `mask_units` mask units of
     which a quarter stays visible. `overfit_share` is the share of its first value to which the loss on one batch

@@ -35,7 +35,10 @@ def test_the_suite_in_the_readme_is_valid(tmp_path: Path) -> None:
     path.write_text(block("yaml"))
     suite = load_suite(str(path))
     assert suite.name == yaml.safe_load(block("yaml"))["name"]
-    assert "ddpm" not in suite.methods
+    assert "um-mae" not in suite.methods
+    for row in suite.methods.values():
+        method = load_method(row.method, {})
+        method.check(method.Config.model_validate(row.options), DataSpec(suite.data.image_size))
 
 
 def test_every_command_the_readme_names_exists() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.official import CASES
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -487,6 +488,13 @@ def save_official(file: Path, *, norm_pix_loss: bool) -> Path:
 def opened_official(file: Path) -> Checkpoint:
     request = OfficialRequest(file, "lmd", HEADS, projector="shipped:scenes-kl-f8")
     return open_official(open_official_method(request), CPU)
+
+
+def test_random_masks_for_an_authors_checkpoint_are_of_the_methods_own_units() -> None:
+    case = CASES["simmim"]
+    checkpoint = Checkpoint(case.build(), Path("x.pth"), None)
+    assert (checkpoint.token_px, checkpoint.unit_px) == (2, 8)
+    assert Checkpoint(CASES["ddim"].build(), Path("x.pth"), None).unit_px == 16 // 8
 
 
 def test_an_authors_checkpoint_of_plain_targets_reconstructs(tmp_path: Path, photos: Path) -> None:

@@ -33,7 +33,15 @@ COUNTS = {
         "iddpm-256": 113_676_678,
         "ldm-bedrooms": 274_056_163 + 2 * 224 * 9 + 1,
     },
-    "in1k": {"mae": 111_907_840, "simmim": 89_874_104, "greenmim": 92_022_968},
+    "in1k": {
+        "mae": 111_907_840,
+        "simmim": 89_874_104,
+        "simmim-vit-b": 86_256_720,
+        "greenmim": 92_022_968,
+        "um-mae-vit-b": 92_994_304,
+        "um-mae-pvt-s": 28_915_776,
+        "um-mae-swin-t": 35_905_418,
+    },
     "lsun-bedrooms": {
         "ddpm": 113_673_219,
         "iddpm": 113_676_678,

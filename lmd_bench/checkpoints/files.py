@@ -43,6 +43,8 @@ class CheckpointFile:
     """Where in the file they lay, in words."""
     arguments: Mapping[str, Any]
     """Options of the authors' script where it stores them beside the weights, as MAE's does; else empty."""
+    beside: str | None = None
+    """Other weights that the file holds and that were not taken, in words; None where there are none."""
 
 
 def read_checkpoint(path: Path, *, ema: bool = False) -> CheckpointFile:
@@ -58,7 +60,8 @@ def read_checkpoint(path: Path, *, ema: bool = False) -> CheckpointFile:
     if all(name.startswith(_PARALLEL) for name in tensors):
         tensors = {name.removeprefix(_PARALLEL): tensor for name, tensor in tensors.items()}
     arguments = loaded.get("args") if isinstance(loaded, Mapping) else None
-    return CheckpointFile(path, tensors, place, vars(arguments) if isinstance(arguments, argparse.Namespace) else {})
+    stored = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+    return CheckpointFile(path, tensors, place, stored, None if ema else _beside(loaded))
 
 
 def one_line(error: Exception) -> str:
@@ -122,8 +125,8 @@ def _read_pickle(path: Path) -> Any:
             raise WeightsError(f"{path}: is no checkpoint of torch.save, or damaged; fetch or save it again") from None
         raise WeightsError(
             f"{path}: holds pickled objects ({refused[1]}) besides tensors. Loading such runs code, so it is refused; "
-            "where you trust the file, load it with its authors' code and save its mapping of tensors alone, with "
-            "safetensors.torch.save_file(tensors, 'x.safetensors')"
+            'where you trust the file, save its tensors alone, as the README shows under "Authors\' checkpoints" '
+            "(safetensors.torch.save_file(tensors, 'x.safetensors'))"
         ) from None
     # a damaged file ends in nearly any error of torch, zipfile or pickle, and torch's own words advise to run it
     except Exception as error:
@@ -152,12 +155,20 @@ def _tensors(path: Path, loaded: Any) -> tuple[str, dict[str, Tensor]]:
 
 
 def _moving_average(path: Path, loaded: Any) -> tuple[str, dict[str, Tensor]]:
-    if isinstance(loaded, list | tuple) and len(loaded) > _EMA_PLACE and _maps_to_tensors(loaded[_EMA_PLACE]):
+    if _has_moving_average(loaded):
         return "moving average, fifth entry of the list", dict(loaded[_EMA_PLACE])
     raise WeightsError(
         f"{path}: no moving average (--ema): it would be the fifth entry of a list, as the DDIM repository writes it; "
         "leave --ema out where the file's weights are the average already"
     )
+
+
+def _has_moving_average(loaded: Any) -> bool:
+    return isinstance(loaded, list | tuple) and len(loaded) > _EMA_PLACE and _maps_to_tensors(loaded[_EMA_PLACE])
+
+
+def _beside(loaded: Any) -> str | None:
+    return "moving average, fifth entry of the list (--ema takes it)" if _has_moving_average(loaded) else None
 
 
 def _maps_to_tensors(values: Any) -> bool:

@@ -13,15 +13,16 @@ from typing import Annotated, Any
 
 import torch
 import yaml
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from lmd_bench.checkpoints.files import CheckpointFile, read_checkpoint
-from lmd_bench.config import near
-from lmd_bench.errors import BenchError, ConfigError
+from lmd_bench.config import ImageSize, near
+from lmd_bench.errors import BenchError, ConfigError, WeightsError
 from lmd_bench.harness.weights import own_state
 from lmd_bench.method import Method, MethodConfig
-from lmd_bench.nn.config import AutoencoderConfig
+from lmd_bench.nn.official import first_problem
+from lmd_bench.option_tree import option_names
 from lmd_bench.projector.config import ProjectorConfig, config_of_path
 from lmd_bench.registry import load_method
 
@@ -29,6 +30,8 @@ _TARGETS = "normalize_targets"
 _STORED_TARGETS = "norm_pix_loss"
 """What the scripts that come of MAE's call the same."""
 _MOST_GROUPS = 12
+_OF_PROJECTOR = ("projector", "projector.kind", "projector.path")
+"""What `--projector` says."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +90,12 @@ def open_official_method(request: OfficialRequest, added: Mapping[str, str] | No
     try:
         method = method_class.from_official(file.tensors, **options)
     except ValidationError as error:
-        raise ConfigError(f"{request.path}, method {request.method}: {_first_problem(error)}") from error
+        raise ConfigError(f"{request.path}, method {request.method}: {first_problem(error)}") from error
     except BenchError as error:
         raise type(error)(f"{request.path}: {error}") from error
     if method.projector_name == "none":
         raise ConfigError(f"method {request.method}: its weights hold no projector: name one with --projector")
+    _require_image_size(request.path, method)
     left_out, changed = _account(file.tensors, _official(method))
     return OfficialMethod(method.eval(), file, left_out, changed)
 
@@ -107,7 +111,7 @@ def method_config(method: Method) -> MethodConfig:
 def sizes_text(method: Method) -> str:
     """The network's sizes in words, among them the heads, on which an authors' checkpoint is silent."""
     config = getattr(method, "config", None)
-    return config.sizes_text() if isinstance(config, AutoencoderConfig) else type(method).__name__
+    return config.sizes_text() if isinstance(config, MethodConfig) else type(method).__name__
 
 
 def num_parameters(method: Method) -> int:
@@ -116,12 +120,21 @@ def num_parameters(method: Method) -> int:
     return sum(value.numel() for name, value in method.named_parameters() if name in own)
 
 
+def _require_image_size(path: Path, method: Method) -> None:
+    try:
+        TypeAdapter(ImageSize).validate_python(method.data.image_size)
+    except ValidationError as error:
+        size = method.data.image_size
+        raise WeightsError(f"{path}: weights for images of {size} px: {first_problem(error)}") from error
+
+
 # -- what may be said -------------------------------------------------------------------------------------------------
 
 
 def _options(method_class: type[Method], request: OfficialRequest) -> dict[str, Any]:
     """Settings and the projector as keyword arguments of `from_official`, each checked for itself."""
     kinds = _kinds(method_class)
+    _refuse_contradictions(request)
     values = _parsed(request.settings, kinds, method_class.__name__)
     if request.projector is not None:
         if "projector" not in method_class.Config.model_fields:
@@ -135,6 +148,24 @@ def _options(method_class: type[Method], request: OfficialRequest) -> dict[str, 
     return {name: _checked(name, value, kinds[name]) for name, value in values.items()}
 
 
+def _refuse_contradictions(request: OfficialRequest) -> None:
+    """Raise ConfigError where one setting is part of another, or says what an option of its own says.
+
+    Of two for one name the later one counts, as in `lmd-bench run`.
+    """
+    names = [setting.partition("=")[0] for setting in request.settings]
+    for place, name in enumerate(names):
+        for other in names[:place]:
+            whole, part = sorted((name, other), key=len)
+            if part.startswith(f"{whole}."):
+                raise ConfigError(f"--set {whole} and --set {part}: give the whole or its parts, not both")
+    words = (("--projector", request.projector is not None, _OF_PROJECTOR), ("--ema", request.ema, ("ema",)))
+    for word, given, same in words:
+        for name in names:
+            if given and name in same:
+                raise ConfigError(f"{word} and --set {name}: give one of them")
+
+
 def _checked(name: str, value: Any, kind: Any) -> Any:
     """A value as the type of its option. Nested options stay a mapping, for what is left out is read off the weights;
     only a projector stands alone."""
@@ -143,7 +174,7 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
-        raise ConfigError(f"--set {name}: {_first_problem(error)}") from error
+        raise ConfigError(f"--set {name}: {first_problem(error)}") from error
 
 
 def _kinds(method_class: type[Method]) -> dict[str, Any]:
@@ -151,19 +182,20 @@ def _kinds(method_class: type[Method]) -> dict[str, Any]:
 
     `image_size` (px) may be among the options that it passes on; where weights tell the size, the config refuses it.
     """
-    kinds: dict[str, Any] = {"image_size": int}
+    kinds: dict[str, Any] = {}
     hints = typing.get_type_hints(method_class.from_official)
     for name, parameter in inspect.signature(method_class.from_official).parameters.items():
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
             kinds[name] = hints.get(name, Any)
     for name, field in method_class.Config.model_fields.items():
         kinds[name] = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+    kinds["image_size"] = ImageSize
     return kinds
 
 
 def _parsed(settings: Sequence[str], kinds: Mapping[str, Any], owner: str) -> dict[str, Any]:
     """`a.b=c` settings as nested values. Raises ConfigError for one that is malformed or of no option."""
-    known = [name for top, kind in kinds.items() for name in _names(top, kind)]
+    known = [name for top, kind in kinds.items() for name in option_names(kind, top)]
     values: dict[str, Any] = {}
     for setting in settings:
         name, separator, text = setting.partition("=")
@@ -183,22 +215,14 @@ def _parsed(settings: Sequence[str], kinds: Mapping[str, Any], owner: str) -> di
     return values
 
 
-def _names(name: str, kind: Any) -> list[str]:
-    """An option's dotted name, and those of the options within it, of all kinds that it may be of."""
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        inner = [deep for key, field in kind.model_fields.items() for deep in _names(f"{name}.{key}", field.annotation)]
-        return [name, *inner]
-    within = [deep for part in typing.get_args(kind) for deep in _names(name, part)]
-    return list(dict.fromkeys([name, *within]))
-
-
 def _normalized_targets(file: CheckpointFile, given: bool | None) -> bool:
     stored = file.arguments.get(_STORED_TARGETS)
     if not isinstance(stored, bool):
         if given is None:
             raise ConfigError(
-                f"{file.path}: the checkpoint does not say whether its targets were normalised (the authors' scripts "
-                f"do so by default): say --set {_TARGETS}=true or false"
+                f"{file.path}: the checkpoint does not say whether its targets were normalised (published "
+                "commands pass --norm_pix_loss; MAE's mae_visualize_* files were trained on plain pixels): say "
+                f"--set {_TARGETS}=true or false"
             )
         return given
     if given is not None and given != stored:
@@ -207,13 +231,6 @@ def _normalized_targets(file: CheckpointFile, given: bool | None) -> bool:
             f"{stored}; leave the setting out"
         )
     return stored
-
-
-def _first_problem(error: ValidationError) -> str:
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{place}: {message}" if place else message
 
 
 # -- what became of the keys ------------------------------------------------------------------------------------------

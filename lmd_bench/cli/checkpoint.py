@@ -44,7 +44,7 @@ def import_(
 
 @checkpoint_app.command("export")
 def export(
-    cell: Annotated[Path, typer.Argument(help="A finished cell, OUT/<suite>/<row>/seed-<n>, or a weights file.")],
+    cell: Annotated[Path, typer.Argument(help="A finished or imported cell, or its weights file.")],
     out: Annotated[Path, typer.Option("--out", help="File to write, .safetensors.")],
     force: ForceOption = False,
     add: AddOption = None,
@@ -65,5 +65,7 @@ def tell(opened: OfficialMethod) -> None:
     say(f"  {len(file.tensors) - len(opened.left_out)} of {len(file.tensors)} keys used, from the {file.place}")
     if opened.left_out:
         say(f"  left out, no part of the method: {opened.left_out_text}")
+    if file.beside is not None:
+        say(f"  left out beside them: {file.beside}")
     if opened.changed:
         say(f"  changed on the way: {', '.join(opened.changed)}")

@@ -16,22 +16,24 @@ def list_names() -> None:
     from lmd_bench.suite_files import load_suite, shipped_suites
     from lmd_bench.texts import DATASETS, METRICS
 
+    catalogues = (
+        ("methods (a row of a suite is one of them with options)", installed_methods()),
+        ("datasets", DATASETS),
+        ("metrics", METRICS),
+    )
+    width = max(len(name) for names in (shipped_suites(), *(entries for _, entries in catalogues)) for name in names)
     say("suites (lmd-bench run --suite NAME)")
     for name in shipped_suites():
         suite = load_suite(name)
         built = [row for row, values in suite.methods.items() if values.planned is None]
-        say(f"  {name:12} {suite.title}: {', '.join(built)}")
+        say(f"  {name:{width}} {suite.title}: {', '.join(built)}")
         for row, values in suite.methods.items():
             if values.planned is not None:
-                say(f"  {'':12} {row}: {values.planned}")
-    for title, entries in (
-        ("methods (a row of a suite is one of them with options)", installed_methods()),
-        ("datasets", DATASETS),
-        ("metrics", METRICS),
-    ):
+                say(f"  {'':{width}} {row}: {values.planned}")
+    for title, entries in catalogues:
         say(title)
         for name, text in entries.items():
-            say(f"  {name:12} {text}")
+            say(f"  {name:{width}} {text}")
 
 
 def show(

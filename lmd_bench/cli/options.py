@@ -15,7 +15,9 @@ SuiteOption = Annotated[str, typer.Option("--suite", help="A shipped suite by na
 MethodsOption = Annotated[
     str | None, typer.Option("--methods", help="Rows of the suite, separated by commas. Default: all that are built.")
 ]
-DataOption = Annotated[Path | None, typer.Option("--data", help="Folder of images to train on.")]
+DataOption = Annotated[
+    Path | None, typer.Option("--data", help="Folder of images, or of LSUN's LMDB folders, to train on.")
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 PrecisionOption = Annotated[str | None, typer.Option("--precision", help="fp32 or bf16.")]
 CompileOption = Annotated[bool | None, typer.Option("--compile/--no-compile", help="Use torch.compile.")]
@@ -36,7 +38,12 @@ ProjectorOption = Annotated[
     str | None, typer.Option("--projector", help="Of a method on latents: a folder or shipped:NAME.")
 ]
 EmaOption = Annotated[
-    bool, typer.Option("--ema", help="Take the moving average that a checkpoint of the DDIM repository ends with.")
+    bool,
+    typer.Option(
+        "--ema",
+        help="Take the moving average of the weights: the fifth entry of a list as the DDIM repository writes it, the "
+        "model_ema.* keys of a checkpoint of latent-diffusion.",
+    ),
 ]
 
 

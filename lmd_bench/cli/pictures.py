@@ -23,14 +23,25 @@ from lmd_bench.errors import ConfigError
 
 def reconstruct(
     checkpoint: Annotated[
-        Path, typer.Option("--checkpoint", help="A finished cell, OUT/<suite>/<row>/seed-<n>, or a weights file.")
+        Path,
+        typer.Option(
+            "--checkpoint",
+            help="A finished or imported cell (OUT/<suite>/<row>/seed-<n>), its weights file, or with --method a "
+            "checkpoint of the method's authors.",
+        ),
     ],
     images: Annotated[
         list[Path] | None,
-        typer.Argument(help="Image files or folders. Default: the first held-out images of the run."),
+        typer.Argument(
+            help="Image files or folders. Default: the first held-out images of the run, which authors' weights lack."
+        ),
     ] = None,
     mask_ratio: Annotated[
-        float | None, typer.Option("--mask-ratio", help="Share of the image hidden at random. Default: as in the run.")
+        float | None,
+        typer.Option(
+            "--mask-ratio",
+            help="Share of the image hidden at random. Default: as in the run; 0.75 for authors' weights.",
+        ),
     ] = None,
     mask_image: Annotated[
         Path | None, typer.Option("--mask-image", help="A picture of the mask: white is hidden.")
@@ -95,7 +106,12 @@ def reconstruct(
 
 def sample(
     checkpoint: Annotated[
-        Path, typer.Option("--checkpoint", help="A finished cell, OUT/<suite>/<row>/seed-<n>, or a weights file.")
+        Path,
+        typer.Option(
+            "--checkpoint",
+            help="A finished or imported cell (OUT/<suite>/<row>/seed-<n>), or its weights file; an authors' "
+            "checkpoint is imported first (`lmd-bench checkpoint import`).",
+        ),
     ],
     images: Annotated[int, typer.Option("--images", min=1, help="How many to make.")] = 16,
     levels: Annotated[

@@ -25,9 +25,6 @@ CHECK_ALL_UP_TO = 5_000
 CHECK_SAMPLE = 2_000
 """Larger folders: this many files, chosen by the seed, and all held-out ones."""
 _NAMED = 5
-_WHOLE_UP_TO = 3 * 4096
-"""Bytes of files that `content_digest` reads whole."""
-_PIECE = 4096
 
 
 @dataclass(frozen=True)
@@ -52,14 +49,17 @@ class FolderIndex:
 
     @property
     def root(self) -> Path:
+        """The folder that names are relative to."""
         return self.files.root
 
     @property
     def num_train(self) -> int:
+        """Training images."""
         return len(self.train)
 
     @property
     def num_classes(self) -> int | None:
+        """Class folders; None where images lie side by side without classes."""
         return None if self.classes is None else len(self.classes)
 
     @property
@@ -85,16 +85,10 @@ class FolderIndex:
 
     def _piece_digest(self, path: str) -> bytes:
         try:
-            with self.files.open(path) as file:
-                size = file.seek(0, os.SEEK_END)
-                starts = (0,) if size <= _WHOLE_UP_TO else (0, size // 2, size - _PIECE)
-                digest = hashlib.sha256(str(size).encode())
-                for start in starts:
-                    file.seek(start)
-                    digest.update(file.read(_WHOLE_UP_TO if len(starts) == 1 else _PIECE))
+            size, excerpt = self.files.excerpt(path)
         except OSError as error:
             raise DataError(f"--data {self.root}: {path} cannot be read: {error.strerror}; look at the disk") from None
-        return digest.digest()
+        return hashlib.sha256(str(size).encode() + excerpt).digest()
 
     def warning(self) -> str | None:
         """One line that counts and names the files left out; None where there are none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, ClassVar, NamedTuple
@@ -9,6 +10,9 @@ from typing import BinaryIO, ClassVar, NamedTuple
 from PIL import Image
 
 from lmd_bench.data.decode import ImageFileError, decode, load_rgb
+
+_PIECE = 4096
+_WHOLE_UP_TO = 3 * _PIECE
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,16 @@ class ImageFiles:
         """The encoded image. Raises OSError where there is none, or it cannot be read."""
         return (self.root / name).open("rb")
 
+    def excerpt(self, name: str) -> tuple[int, bytes]:
+        """Size of the encoded image in bytes, and its `pieces`. Raises OSError as `open` does."""
+        with self.open(name) as file:
+            size = file.seek(0, os.SEEK_END)
+            found = []
+            for start, stop in pieces(size):
+                file.seek(start)
+                found.append(file.read(stop - start))
+        return size, b"".join(found)
+
     def load(self, name: str) -> Image.Image:
         """The image as `decode.load_rgb` gives it. Raises ImageFileError."""
         return load_rgb(self.root / name, lambda: self.open(name))
@@ -34,6 +48,14 @@ class ImageFiles:
         except ImageFileError as fault:
             return fault.reason
         return None
+
+
+def pieces(size: int) -> list[tuple[int, int]]:
+    """(start, stop) of the bytes that stand for an encoded image of this size: all up to 12 KiB, of more the first, the
+    middle and the last 4 KiB."""
+    if size <= _WHOLE_UP_TO:
+        return [(0, size)]
+    return [(start, start + _PIECE) for start in (0, size // 2, size - _PIECE)]
 
 
 class ImageSet(NamedTuple):

@@ -12,12 +12,15 @@ import io
 import os
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, TypeVar
 
-from lmd_bench.data.image_files import ImageFiles, ImageSet
+from lmd_bench.data.image_files import ImageFiles, ImageSet, pieces
 from lmd_bench.errors import DataError
+
+_T = TypeVar("_T")
 
 _DATA_FILE = "data.mdb"
 _NAME = re.compile(r"(?P<category>.*?)_?(?P<split>train|val|test)(_lmdb)?")
@@ -35,20 +38,34 @@ class ImageRecords(ImageFiles):
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
     def open(self, name: str) -> BinaryIO:
+        """The encoded image of a record, "folder/key". Raises OSError where there is none, or it cannot be read."""
+        return io.BytesIO(self._read(name, bytes))
+
+    def excerpt(self, name: str) -> tuple[int, bytes]:
+        """As for files, of the database's own pages: the rest of a large record is not read from the disk."""
+        return self._read(name, _excerpt)
+
+    def _read(self, name: str, use: Callable[[memoryview], _T]) -> _T:
+        """What `use` makes of a record while it lies mapped; nothing of the map may outlive the call."""
         folder, _, key = name.partition("/")
         lmdb = _lmdb(str(self.root / folder))
         try:
-            with self._lock, _opened(lmdb, self.root / folder) as database, database.begin() as transaction:
+            with self._lock, _opened(lmdb, self.root / folder) as database, database.begin(buffers=True) as transaction:
                 value = transaction.get(key.encode("utf-8", "surrogateescape"))
+                found = None if value is None else (use(value),)
         except lmdb.Error as error:
             raise OSError(errno.EIO, str(error)) from error
-        if value is None:
+        if found is None:
             raise OSError(errno.ENOENT, "no such record", name)
-        return io.BytesIO(value)
+        return found[0]
 
     def __reduce__(self) -> tuple[type[ImageRecords], tuple[Path]]:
         """For workers that are started anew: a lock cannot be sent."""
         return (ImageRecords, (self.root,))
+
+
+def _excerpt(value: memoryview) -> tuple[int, bytes]:
+    return len(value), b"".join(value[start:stop] for start, stop in pieces(len(value)))
 
 
 def find_records(path: Path, place: str) -> ImageSet | None:
@@ -82,7 +99,9 @@ def find_records(path: Path, place: str) -> ImageSet | None:
 
 def _databases(root: Path) -> list[str]:
     try:
-        return sorted(name for name in os.listdir(root) if os.path.isfile(root / name / _DATA_FILE))
+        with os.scandir(root) as entries:  # no look at what is no folder: a flat data set has a million files
+            folders = [entry.name for entry in entries if entry.is_dir()]
+        return sorted(name for name in folders if os.path.isfile(root / name / _DATA_FILE))
     except OSError:  # whoever looks for image files there says what is wrong with the folder
         return []
 

@@ -191,7 +191,7 @@ def _measure(cell: Cell, shelf: DataShelf, base: RunRecord, writer: StepWriter, 
             "cost": Cost(
                 parameters=sum(p.numel() for p in method.parameters()),
                 trainable_parameters=sum(p.numel() for p in method.parameters() if p.requires_grad),
-                projector_parameters=_projector_parameters(method),
+                projector_parameters=projector_parameters(method),
                 flops_per_step=flops,
                 peak_memory_bytes=peak,
                 peak_memory_kind=memory.kind,
@@ -266,7 +266,8 @@ def mean_phases(times: list[StepTimes]) -> Phases:
     )
 
 
-def _projector_parameters(method: Method) -> int:
+def projector_parameters(method: Method) -> int:
+    """Parameters of a method's frozen projector, 0 where it has none."""
     projector = getattr(method, "projector", None)
     return sum(p.numel() for p in projector.parameters()) if isinstance(projector, torch.nn.Module) else 0
 

@@ -127,6 +127,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Take in the weights as they are now; once after every step of the optimizer."""
         self._updates += 1
         ramp = (1 + self._updates) / (10 + self._updates) if self._warmup else 1.0
         torch._foreach_lerp_(self._average, [w.detach() for w in self._weights], 1 - min(self._decay, ramp))

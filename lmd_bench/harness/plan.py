@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from lmd_bench.config import DataConfig, EvaluationConfig, RecipeConfig, RunConfig, Suite, near, resolve_crop
 from lmd_bench.errors import BenchError, ConfigError
+from lmd_bench.option_tree import option_names
 from lmd_bench.records import RunRecord, cell_folder, read_run
 from lmd_bench.registry import check_added, code_digest, load_method, method_name
 from lmd_bench.suite_files import describe_validation
@@ -97,20 +98,9 @@ def method_options(suite: Suite, added: Mapping[str, str], rows: Sequence[str]) 
     names: dict[str, list[str]] = {}
     for row in rows:
         try:
-            names[row] = _option_names(load_method(suite.methods[row].method, added).Config)
+            names[row] = option_names(load_method(suite.methods[row].method, added).Config)
         except (BenchError, KeyError):
             names[row] = []
-    return names
-
-
-def _option_names(model: Any, prefix: str = "") -> list[str]:
-    from pydantic import BaseModel
-
-    names = []
-    for name, info in model.model_fields.items():
-        names.append(prefix + name)
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            names.extend(_option_names(info.annotation, f"{prefix}{name}."))
     return names
 
 
@@ -304,6 +294,8 @@ def _cell(
             plan.inputs[row] = method.inputs_digest(options)
     except BenchError as error:
         raise type(error)(f"{place}: {error}") from error
+    if suite.compile and (obstacle := method.compile_obstacle(options)) is not None:
+        raise ConfigError(f"--compile: row {row} cannot be compiled: {obstacle}; leave out --compile or the row")
     if suite.evaluation.num_checks and method.yardstick_obstacle(options) is None:
         _check_masks(suite, image_size, row, token_px)
     if text is not None and f"{row}: {text}" not in plan.notes:

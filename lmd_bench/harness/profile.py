@@ -18,7 +18,7 @@ from lmd_bench.config import DataConfig, EvaluationConfig, RunConfig, Suite
 from lmd_bench.errors import TrainingError
 from lmd_bench.harness.allocator import keep_freed_memory
 from lmd_bench.harness.calibrator import CALIBRATOR_IMAGE_SIZE, CALIBRATOR_RECIPE, Calibrator
-from lmd_bench.harness.execute import build_method, try_count_flops
+from lmd_bench.harness.execute import build_method, projector_parameters, try_count_flops
 from lmd_bench.harness.fresh_process import Failed, in_fresh_process
 from lmd_bench.harness.instrument import measure_instrument
 from lmd_bench.harness.loop import Trainer, TrainOptions
@@ -58,6 +58,7 @@ class SpeedOptions:
         return [max(1, round((i + 0.5) / self.steps * SCHEDULE_STEPS)) for i in range(self.steps)]
 
     def progress_text(self) -> str:
+        """Which part of the mask schedule the steps stand for, in words."""
         if self.progress is not None:
             return f"at {self.progress:.0%} of the mask schedule"
         return f"mean over the mask schedule ({self.steps} midpoints)"
@@ -204,13 +205,14 @@ def _projector_text(method: Method) -> str | None:
 
 def _describe(method: Method, config: RunConfig, options: SpeedOptions) -> ProfileRow:
     flops, _ = try_count_flops(method, config, options.positions())
-    optimizer = config.recipe.optimizer
+    optimizer, frozen = config.recipe.optimizer, projector_parameters(method)
     return ProfileRow(
         label=config.label,
         method=config.method,
         optimizer=f"{optimizer.name} ({optimizer.implementation})",
-        parameters=sum(p.numel() for p in method.parameters()),
+        parameters=sum(p.numel() for p in method.parameters()) - frozen,
         batch_size=config.recipe.batch_size,
         flops_per_step=flops,
         projector=_projector_text(method),
+        projector_parameters=frozen,
     )

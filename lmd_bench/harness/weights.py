@@ -82,11 +82,12 @@ def load_method_weights(
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise WeightsError(
-            f"{file}: options of another version of {stored.config.method}: {place}: {first['msg']}"
-        ) from (error)
+            f"{file}: options of another version of {stored.config.method}: {place}: {first['msg']}; "
+            f"{_remedy(stored.config)}"
+        ) from error
     data = DataSpec(stored.config.image_size, stored.num_classes)
     method_class.check(options, data)
-    _require_projector(file, getattr(options, "projector", None), stored.projector_digest)
+    _require_projector(file, getattr(options, "projector", None), stored)
     method = method_class(options, data)
     kept = {name: value for name, value in method.state_dict().items() if name not in own_state(method)}
     foreign = [name for name in stored.tensors if name in kept]
@@ -133,6 +134,7 @@ class _Stored:
 
 
 def _read(file: Path) -> _Stored:
+    metadata: dict[str, str] = {}
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             metadata = opened.metadata() or {}
@@ -146,25 +148,41 @@ def _read(file: Path) -> _Stored:
         config = kind.model_validate_json(metadata["config"])
         return _Stored(tensors, config, json.loads(metadata["num_classes"]), metadata["projector_digest"])
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{file}: cannot be read as safetensors ({error}); run the cell again") from error
+        raise WeightsError(
+            f"{file}: cannot be read as safetensors ({error}); run the cell, or import its checkpoint, again"
+        ) from error
     except (KeyError, ValueError) as error:
         reason = f"{error.errors()[0]['msg']}" if isinstance(error, ValidationError) else str(error)
-        raise WeightsError(f"{file}: made by another version of lmd-bench ({reason}); run the cell again") from error
+        remedy = _remedy(metadata.get("origin"))
+        raise WeightsError(f"{file}: made by another version of lmd-bench ({reason}); {remedy}") from error
 
 
 def _require_code(file: Path, config: RunConfig | ImportedConfig, added: Mapping[str, str]) -> None:
     if config.method in added and code_digest(added[config.method]) != config.code:
-        raise WeightsError(f"{file}: {added[config.method]} has changed since these weights were trained")
+        raise WeightsError(
+            f"{file}: {added[config.method]} has changed since these weights were trained or imported; "
+            f"{_remedy(config)}"
+        )
 
 
-def _require_projector(file: Path, projector: ProjectorConfig | None, digest: str) -> None:
+def _remedy(origin: RunConfig | ImportedConfig | str | None) -> str:
+    """How to get weights anew, from where they come from."""
+    if isinstance(origin, ImportedConfig):
+        return f"import {origin.source} again (`lmd-bench checkpoint import`)"
+    if origin == _IMPORTED:
+        return "import the checkpoint again (`lmd-bench checkpoint import`)"
+    return "run the cell again"
+
+
+def _require_projector(file: Path, projector: ProjectorConfig | None, stored: _Stored) -> None:
     if projector is None:
         return
     now = weights_digest(projector)
-    if now != digest:
+    if now != stored.projector_digest:
+        made = "imported for" if isinstance(stored.config, ImportedConfig) else "trained on"
         raise WeightsError(
-            f"{file}: trained on latents of projector {projector.path or projector.kind} with digest {digest}; the one "
-            f"there now has {now}: put the old one back, or run the cell again"
+            f"{file}: {made} latents of projector {projector.path or projector.kind} with digest "
+            f"{stored.projector_digest}; the one there now has {now}: put the old one back, or {_remedy(stored.config)}"
         )
 
 

@@ -37,7 +37,7 @@ from lmd_bench.nn.classifier import MaskedAutoencoderClassifier
 from lmd_bench.nn.config import AutoencoderConfig, sizes_of
 from lmd_bench.nn.masked_autoencoder import MaskedAutoencoder
 from lmd_bench.nn.masking import fill_with_visible_mean, pixel_mask, random_ids, token_mask
-from lmd_bench.nn.official import load_exactly, shape_of_checkpoint
+from lmd_bench.nn.official import load_exactly, reading_sizes, shape_of_checkpoint
 from lmd_bench.projector.base import LatentProjector
 from lmd_bench.projector.config import ProjectorConfig, check_projector, weights_digest
 from lmd_bench.projector.latent_method import LatentMethod, NoProjector
@@ -320,7 +320,7 @@ class LMD(LatentMethod):
         """
         if not isinstance(self.model, MaskedAutoencoder):
             raise TypeError("network: unet: a U-Net has no encoder to fine-tune")
-        return MaskedAutoencoderClassifier(self.model, self.projector.encode, num_classes)
+        return MaskedAutoencoderClassifier(self.model, self.projector, num_classes)
 
     @property
     def num_function_evaluations(self) -> int:
@@ -350,13 +350,15 @@ class LMD(LatentMethod):
         """
         shape = shape_of_checkpoint(state_dict, **{name: options.get(name) for name in _HEADS})
         named = projector if isinstance(projector, ProjectorConfig) else ProjectorConfig(kind="pixels")
-        config = LMDConfig(projector=named, **{**sizes_of(shape), **options})
+        with reading_sizes():
+            config = LMDConfig(projector=named, **{**sizes_of(shape), **options})
         if config.network != "vit":
             raise ConfigError(f"network: the authors' checkpoints hold a ViT; leave out network {config.network!r}")
         if isinstance(projector, ProjectorConfig):
             projector = open_projector(projector)
         opened = projector or NoProjector(shape.in_channels, factor=8)
-        method = cls(config, DataSpec(image_size or shape.input_size * opened.factor), projector=opened)
+        with reading_sizes():
+            method = cls(config, DataSpec(image_size or shape.input_size * opened.factor), projector=opened)
         load_exactly(method.model, state_dict)
         return method
 

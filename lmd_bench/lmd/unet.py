@@ -7,7 +7,7 @@ within 0.1 % of the ViT-B they replace (110,913,224 on latents of 4 channels bes
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field, model_validator
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class UNetConfig(MethodConfig):
     """Sizes of the U-Net."""
 
-    block_out_channels: tuple[int, ...] = Field(default=(192, 384, 640), min_length=1)
+    block_out_channels: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(192, 384, 640), min_length=1)
     """Channels of each resolution, finest first; each further one halves the side."""
     attention_levels: tuple[int, ...] = (1, 2)
     """Resolutions with self-attention, as indices into `block_out_channels`; the middle always has it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +19,11 @@ class ImageClassifier(nn.Module, ABC):
     The head starts near zero (normal, deviation 2e-5 cut at 2 deviations), as in MAE's fine-tuning.
     """
 
-    def __init__(self, width: int, num_classes: int) -> None:
+    def __init__(self, width: int, num_classes: int, device: torch.device) -> None:
+        """`device` is that of the encoder's weights."""
         super().__init__()
-        self.fc_norm = nn.LayerNorm(width, eps=NORM_EPS)
-        self.head = nn.Linear(width, num_classes)
+        self.fc_norm = nn.LayerNorm(width, eps=NORM_EPS, device=device)
+        self.head = nn.Linear(width, num_classes, device=device)
         nn.init.trunc_normal_(self.head.weight, std=2e-5, a=-4e-5, b=4e-5)
         nn.init.zeros_(self.head.bias)
 
@@ -40,9 +40,9 @@ class ImageClassifier(nn.Module, ABC):
 class MaskedAutoencoderClassifier(ImageClassifier):
     """The encoder of a `MaskedAutoencoder`; its class token goes along and is left out of the mean."""
 
-    def __init__(self, model: MaskedAutoencoder, to_map: Callable[[Tensor], Tensor], num_classes: int) -> None:
+    def __init__(self, model: MaskedAutoencoder, to_map: nn.Module, num_classes: int) -> None:
         """`to_map` turns images in [0, 1] into what the model was trained on (normalised pixels, latents)."""
-        super().__init__(model.shape.encoder_width, num_classes)
+        super().__init__(model.shape.encoder_width, num_classes, model.cls_token.device)
         self.patch_size = model.shape.patch_size
         self.to_map = to_map
         self.cls_token, self.pos_embed = model.cls_token, model.pos_embed

@@ -15,11 +15,17 @@ class AutoencoderConfig(MethodConfig):
     patch_size: int = Field(ge=1)
     """Side of a token on the map that is masked: px for pixels, latent positions for latents."""
     encoder_width: int = Field(default=768, ge=4)
+    """Channels of the encoder's tokens, divisible by 4 (position table) and by its heads."""
     encoder_depth: int = Field(default=12, ge=1)
+    """Blocks of the encoder."""
     encoder_heads: int = Field(default=12, ge=1)
+    """Attention heads of the encoder; they divide its width."""
     decoder_width: int = Field(default=512, ge=4)
+    """Channels of the decoder's tokens, divisible by 4 (position table) and by its heads."""
     decoder_depth: int = Field(default=8, ge=1)
+    """Blocks of the decoder."""
     decoder_heads: int = Field(default=16, ge=1)
+    """Attention heads of the decoder; they divide its width."""
     mlp_ratio: float = Field(default=4.0, gt=0)
     """Hidden width of the MLPs as a multiple of the width."""
     normalize_targets: bool = False

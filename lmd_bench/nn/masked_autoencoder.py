@@ -10,7 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from lmd_bench.nn.masking import groups_of_equal_count, ids_from_mask, take_tokens
 from lmd_bench.nn.patches import normalised, patchify, unpatchify
-from lmd_bench.nn.pos_embed import sincos_pos_embed
+from lmd_bench.nn.pos_embed import frozen_pos_embed
 from lmd_bench.nn.vit import NORM_EPS, Block
 
 
@@ -21,14 +21,19 @@ class MaskedAutoencoderShape:
     input_size: int
     """Side of the square input map: pixels for MAE, latent positions for LMD."""
     patch_size: int
+    """Side of a token on that map."""
     in_channels: int
+    """Of that map: 3 for pixels."""
     encoder_width: int = 768
     encoder_depth: int = 12
+    """Blocks."""
     encoder_heads: int = 12
     decoder_width: int = 512
     decoder_depth: int = 8
+    """Blocks."""
     decoder_heads: int = 16
     mlp_ratio: float = 4.0
+    """Hidden width of the MLPs as a multiple of the width."""
 
     @property
     def grid_size(self) -> int:
@@ -82,9 +87,9 @@ class MaskedAutoencoder(nn.Module):
         self.normalize_targets = normalize_targets
         width, decoder_width = shape.encoder_width, shape.decoder_width
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        self.pos_embed = _frozen(sincos_pos_embed(width, shape.grid_size))
+        self.pos_embed = frozen_pos_embed(width, shape.grid_size, class_row=True)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_width))
-        self.decoder_pos_embed = _frozen(sincos_pos_embed(decoder_width, shape.grid_size))
+        self.decoder_pos_embed = frozen_pos_embed(decoder_width, shape.grid_size, class_row=True)
         self.patch_embed = PatchEmbed(shape.in_channels, shape.patch_size, width)
         self.blocks = nn.ModuleList(
             Block(width, shape.encoder_heads, shape.mlp_ratio) for _ in range(shape.encoder_depth)
@@ -172,11 +177,6 @@ class MaskedAutoencoder(nn.Module):
 def _put_tokens(patches: Tensor, ids: Tensor, values: Tensor) -> Tensor:
     """`patches` (B, L, P) with `values` (B, n, P) at the tokens `ids` (B, n)."""
     return patches.scatter(1, ids.unsqueeze(-1).expand_as(values), values.to(patches.dtype))
-
-
-def _frozen(table: Tensor) -> nn.Parameter:
-    """A table held as MAE holds it, a parameter that is not trained; on the device modules are being made on."""
-    return nn.Parameter(torch.empty(table.shape).copy_(table), requires_grad=False)
 
 
 def _initialise(module: nn.Module) -> None:

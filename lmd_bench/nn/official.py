@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from lmd_bench.errors import WeightsError
+from lmd_bench.errors import ConfigError, WeightsError
 from lmd_bench.nn.masked_autoencoder import MaskedAutoencoderShape
 
 _NAMED_IN_ERRORS = 6
 _ENCODER_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 """Width -> attention heads: ViT-Ti and S (Touvron et al. 2021, table 1), ViT-B, L and H (Dosovitskiy et al. 2020,
 table 1)."""
-_DECODER_HEADS = {512: 16}
-"""MAE's decoder, which LMD's code kept."""
+DECODER_HEADS = {512: 16}
+"""The same of MAE's decoder, which LMD, GreenMIM and UM-MAE kept."""
+_LAYOUT = "expected MAE's layout (cls_token, pos_embed, blocks.0..., mask_token, decoder_blocks.0...)"
 
 
 def shape_of_checkpoint(
@@ -25,26 +28,29 @@ def shape_of_checkpoint(
     """The sizes of a masked autoencoder from its weights.
 
     Numbers of heads leave no trace there, and weights load and predict nonsense under a wrong one: None stands for
-    the published model of that width. Raises WeightsError where there is none, and where a tensor that tells a size
-    is missing or is no such tensor.
+    the published model of that width. Raises WeightsError where there is none, for an encoder without its decoder, and
+    where a tensor that tells a size is missing or is no such tensor.
     """
-    weight = _tensor(state_dict, "patch_embed.proj.weight", ndim=4)
-    table = _tensor(state_dict, "pos_embed", ndim=3)
+    refuse_encoder_alone(state_dict, encoder=("blocks.0.",))
+    weight = tensor_of(state_dict, "patch_embed.proj.weight", ndim=4, layout=_LAYOUT)
+    tensor_of(state_dict, "cls_token", ndim=3, layout=_LAYOUT)  # UM-MAE's pyramids have the other three
+    table = tensor_of(state_dict, "pos_embed", ndim=3, layout=_LAYOUT)
     grid = round((table.shape[1] - 1) ** 0.5)
     if 1 + grid**2 != table.shape[1]:
-        raise WeightsError(f"pos_embed: {table.shape[1]} rows are not 1 + a square number of tokens")
-    width, decoder_width = weight.shape[0], _tensor(state_dict, "mask_token", ndim=3).shape[-1]
-    hidden = _tensor(state_dict, "blocks.0.mlp.fc1.weight", ndim=2).shape[0]
+        raise WeightsError(f"checkpoint: {table.shape[1]} rows of pos_embed are not 1 + a square number of tokens")
+    width = weight.shape[0]
+    decoder_width = tensor_of(state_dict, "mask_token", ndim=3, layout=_LAYOUT).shape[-1]
+    hidden = tensor_of(state_dict, "blocks.0.mlp.fc1.weight", ndim=2, layout=_LAYOUT).shape[0]
     return MaskedAutoencoderShape(
         input_size=grid * weight.shape[-1],
         patch_size=weight.shape[-1],
         in_channels=weight.shape[1],
         encoder_width=width,
-        encoder_depth=_depth(state_dict, "blocks"),
-        encoder_heads=_heads("encoder", width, encoder_heads, _ENCODER_HEADS),
+        encoder_depth=count_of(state_dict, "blocks.N.", layout=_LAYOUT),
+        encoder_heads=heads_of("encoder", width, encoder_heads, _ENCODER_HEADS),
         decoder_width=decoder_width,
-        decoder_depth=_depth(state_dict, "decoder_blocks"),
-        decoder_heads=_heads("decoder", decoder_width, decoder_heads, _DECODER_HEADS),
+        decoder_depth=count_of(state_dict, "decoder_blocks.N.", layout=_LAYOUT),
+        decoder_heads=heads_of("decoder", decoder_width, decoder_heads, DECODER_HEADS),
         mlp_ratio=hidden / width,
     )
 
@@ -54,12 +60,17 @@ def load_exactly(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 
     Raises WeightsError naming missing keys, unexpected keys and wrong shapes, before anything is loaded.
     """
-    shapes = {key: tensor.shape for key, tensor in module.state_dict().items()}
-    problems = misfits(shapes, state_dict, extra="unexpected")
+    require_fit({key: tensor.shape for key, tensor in module.state_dict().items()}, state_dict)
+    module.load_state_dict(dict(state_dict))
+
+
+def require_fit(wanted: Mapping[str, torch.Size], state_dict: Mapping[str, Tensor]) -> None:
+    """Raise WeightsError naming missing keys, unexpected keys and wrong shapes, unless a checkpoint has exactly these
+    names and shapes."""
+    problems = misfits(wanted, state_dict, extra="unexpected")
     found = [f"{len(keys)} {what}: {listed(keys)}" for what, keys in problems.items() if keys]
     if found:
         raise WeightsError(f"checkpoint does not fit the model: {'; '.join(found)}")
-    module.load_state_dict(dict(state_dict))
 
 
 def misfits(wanted: Mapping[str, torch.Size], state_dict: Mapping[str, Tensor], *, extra: str) -> dict[str, list[str]]:
@@ -76,18 +87,71 @@ def misfits(wanted: Mapping[str, torch.Size], state_dict: Mapping[str, Tensor], 
     }
 
 
-def _tensor(state_dict: Mapping[str, Tensor], key: str, *, ndim: int) -> Tensor:
+@contextmanager
+def reading_sizes() -> Iterator[None]:
+    """Within it, options and sizes that a config or a method's `check` refuses raise WeightsError: what a checkpoint
+    holds, with the options that are given, makes no model."""
+    try:
+        yield
+    except ValidationError as error:
+        raise WeightsError(f"checkpoint: {first_problem(error)}") from error
+    except ConfigError as error:
+        raise WeightsError(f"checkpoint: {error}") from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first of what pydantic refused, in one line: "option: why"."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}" if place else message
+
+
+def refuse_encoder_alone(
+    state_dict: Mapping[str, Tensor],
+    *,
+    encoder: tuple[str, ...],
+    decoder: tuple[str, ...] = ("decoder", "mask_token", "vis_mask_token"),
+) -> None:
+    """Raise WeightsError for a checkpoint that has keys starting as the encoder's blocks, and none as the decoder's."""
+    if any(key.startswith(encoder) for key in state_dict) and not any(key.startswith(decoder) for key in state_dict):
+        raise WeightsError(
+            "checkpoint: an encoder alone (as for fine-tuning); take the pre-training checkpoint with its decoder"
+        )
+
+
+def tensor_of(state_dict: Mapping[str, Tensor], key: str, *, ndim: int, layout: str) -> Tensor:
+    """The tensor of a key. Raises WeightsError, ending in `layout` ("expected ..."), unless it is there and has `ndim`
+    dimensions."""
     tensor = state_dict.get(key)
     if not isinstance(tensor, Tensor) or tensor.ndim != ndim:
         found = "missing" if tensor is None else f"not a tensor of {ndim} dimensions"
-        raise WeightsError(
-            f"checkpoint: {key} is {found}; expected MAE's layout (cls_token, pos_embed, blocks.0...): "
-            f"give the mapping of tensors itself, often found under the key 'model'"
-        )
+        raise WeightsError(f"checkpoint: {key} is {found}; {layout}")
     return tensor
 
 
-def _heads(part: str, width: int, given: int | None, known: Mapping[int, int]) -> int:
+def numbers_in(state_dict: Mapping[str, Tensor], start: str) -> list[int]:
+    """The numbers, ascending, that stand for the N of `start` ("blocks.N.") at the start of keys."""
+    pattern = re.compile(re.escape(start).replace("N", r"(\d+)"))
+    return sorted({int(match.group(1)) for match in map(pattern.match, state_dict) if match})
+
+
+def count_of(state_dict: Mapping[str, Tensor], start: str, *, layout: str) -> int:
+    """How many parts a checkpoint has whose keys start so, numbered from 0 in place of the N ("blocks.N.").
+
+    Raises WeightsError, ending in `layout`, where it has none.
+    """
+    numbers = numbers_in(state_dict, start)
+    if not numbers:
+        raise WeightsError(f"checkpoint: no keys {start}*; {layout}")
+    return numbers[-1] + 1
+
+
+def heads_of(part: str, width: int, given: int | None, known: Mapping[int, int]) -> int:
+    """Attention heads of an "encoder" or "decoder" of this width: those given, or those `known` to be published.
+
+    Raises WeightsError where the width was not published, and where the heads do not divide it.
+    """
     heads = known.get(width) if given is None else given
     if heads is None:
         widths = ", ".join(f"{own} ({count})" for own, count in known.items())
@@ -98,14 +162,6 @@ def _heads(part: str, width: int, given: int | None, known: Mapping[int, int]) -
     if heads < 1 or width % heads:
         raise WeightsError(f"checkpoint: {part}_heads: {heads} heads do not divide the {part}'s width {width}")
     return heads
-
-
-def _depth(state_dict: Mapping[str, Tensor], name: str) -> int:
-    pattern = re.compile(rf"{name}\.(\d+)\.")
-    numbers = [int(match.group(1)) for match in map(pattern.match, state_dict) if match]
-    if not numbers:
-        raise WeightsError(f"checkpoint: no keys {name}.N.*; expected MAE's layout")
-    return max(numbers) + 1
 
 
 def listed(names: Sequence[str]) -> str:

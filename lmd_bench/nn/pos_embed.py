@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 Array = NDArray[np.float64]
 
@@ -23,6 +23,15 @@ def sincos_pos_embed(embed_dim: int, grid_size: int) -> Tensor:
     halves = [_sincos(embed_dim // 2, positions) for positions in (columns, rows)]
     table = np.concatenate([np.zeros((1, embed_dim)), np.concatenate(halves, axis=1)])
     return torch.from_numpy(table.astype(np.float32)).unsqueeze(0)
+
+
+def frozen_pos_embed(embed_dim: int, grid_size: int, *, class_row: bool) -> nn.Parameter:
+    """That table as MAE holds it, a parameter that is not trained; on the device modules are being made on.
+
+    Without `class_row` it is (1, grid_size^2, embed_dim).
+    """
+    table = sincos_pos_embed(embed_dim, grid_size)[:, 0 if class_row else 1 :]
+    return nn.Parameter(torch.empty(table.shape).copy_(table), requires_grad=False)
 
 
 def _sincos(dim: int, positions: Array) -> Array:

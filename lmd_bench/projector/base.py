@@ -60,6 +60,10 @@ class LatentProjector(nn.Module, ABC):
         with _own_precision(images.device.type):
             return self._encode(images.float()).float().contiguous()
 
+    def forward(self, images: Tensor) -> Tensor:
+        """`encode`, so that a projector can be a part of a larger module."""
+        return self.encode(images)
+
     def decode(self, latents: Tensor, *, quantize: bool = False) -> Tensor:
         """Latents (B, latent_channels, h, w) -> images float32 (B, 3, h * factor, w * factor), clamped to [0, 1].
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lmd_bench.checkpoints.files import read_checkpoint
 from lmd_bench.errors import WeightsError
-from lmd_bench.nn.official import listed, misfits
+from lmd_bench.nn.official import count_of, listed, misfits, tensor_of
 from lmd_bench.projector.config import WEIGHTS_FILE
 from lmd_bench.projector.discriminator import PatchDiscriminator
 
@@ -103,7 +103,7 @@ def discriminator_from_compvis(state_dict: Mapping[str, Tensor]) -> PatchDiscrim
 
 def _sizes(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     """What VQModel and AutoencoderKL share in their configuration."""
-    levels = _count(state_dict, r"encoder\.down\.(\d+)\.", "encoder.down.N")
+    levels = count_of(state_dict, "encoder.down.N.", layout=_EXPECTED)
     widths = [_tensor(state_dict, f"encoder.down.{i}.block.0.conv1.weight", ndim=4).shape[0] for i in range(levels)]
     unfit = [width for width in widths if width % _NORM_GROUPS]
     if unfit:
@@ -121,7 +121,7 @@ def _sizes(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         "out_channels": _tensor(state_dict, "decoder.conv_out.weight", ndim=4).shape[0],
         "latent_channels": _tensor(state_dict, "decoder.conv_in.weight", ndim=4).shape[1],
         "block_out_channels": tuple(widths),
-        "layers_per_block": _count(state_dict, r"encoder\.down\.0\.block\.(\d+)\.", "encoder.down.0.block.N"),
+        "layers_per_block": count_of(state_dict, "encoder.down.0.block.N.", layout=_EXPECTED),
         "down_block_types": tuple(down),
         "up_block_types": tuple(up),
         "norm_num_groups": _NORM_GROUPS,
@@ -270,16 +270,4 @@ def _check_fit(wanted: Mapping[str, torch.Size], state_dict: Mapping[str, Tensor
 
 
 def _tensor(state_dict: Mapping[str, Tensor], key: str, *, ndim: int) -> Tensor:
-    tensor = state_dict.get(key)
-    if not isinstance(tensor, Tensor) or tensor.ndim != ndim:
-        found = "missing" if tensor is None else f"not a tensor of {ndim} dimensions"
-        raise WeightsError(f"checkpoint: {key} is {found}; {_EXPECTED}")
-    return tensor
-
-
-def _count(state_dict: Mapping[str, Tensor], pattern: str, name: str) -> int:
-    """How many there are of what a pattern numbers from 0. Raises WeightsError where there is none."""
-    numbers = [int(match.group(1)) for match in map(re.compile(pattern).match, state_dict) if match]
-    if not numbers:
-        raise WeightsError(f"checkpoint: no keys {name}; {_EXPECTED}")
-    return max(numbers) + 1
+    return tensor_of(state_dict, key, ndim=ndim, layout=_EXPECTED)

@@ -42,10 +42,12 @@ class Checkpoint:
 
     @property
     def unit_px(self) -> int:
-        """Side of a unit of random masks: the run's yardstick's, else a token, else an eighth of the image."""
+        """Side of a unit of random masks: the run's yardstick's, else that of the method's own, else an eighth of the
+        image."""
         if self.config is not None:
             return self.config.evaluation.unit_px
-        return self.token_px or self.image_size // 8
+        own = type(self.method).mask_unit_px(getattr(self.method, "config", None), self.method.data)
+        return own or self.image_size // 8
 
 
 def open_run(path: Path, device: torch.device, added: Mapping[str, str] | None = None) -> Checkpoint:

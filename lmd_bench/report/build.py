@@ -18,7 +18,7 @@ from lmd_bench.report.factors import factors_table
 from lmd_bench.report.inference import inference_table, terminal_inference
 from lmd_bench.report.load import Results, load_results
 from lmd_bench.report.origin import Origin, origin
-from lmd_bench.report.quality import quality_table, yardsticks
+from lmd_bench.report.quality import has_own_mask, quality_table, yardsticks
 from lmd_bench.report.rows import RowResult, row_results
 from lmd_bench.report.step_cost import step_cost_table
 from lmd_bench.report.tables import published_table
@@ -159,7 +159,6 @@ def _terminal_inference(table: Table) -> TerminalTable:
 def _terminal_row(found: RowResult, reference: RowResult | None) -> tuple[str, ...]:
     if found.why_nothing:
         return (found.label, *["-"] * 6, found.why_nothing)
-    psnrs = [yardstick.checks[-1].psnr_db for yardstick in yardsticks(found)]
     return (
         found.label,
         _terminal_figure(found, lambda e: e.mit_ms, 1.0, interval=False) or _whole_run(found),
@@ -167,9 +166,15 @@ def _terminal_row(found: RowResult, reference: RowResult | None) -> tuple[str, .
         _terminal_figure(found, lambda e: e.headline.mlt_ms, 1e-3) or "no decrease",
         _terminal_ratio(found, reference),
         _terminal_projector(found),
-        f"{sum(psnrs) / len(psnrs):.2f}" if psnrs else "not measured",
+        _terminal_psnr(found),
         "; ".join(found.marks).replace("still falling: ", "") or "none",
     )
+
+
+def _terminal_psnr(found: RowResult) -> str:
+    psnrs = [yardstick.checks[-1].psnr_db for yardstick in yardsticks(found)]
+    own = " (own mask)" if has_own_mask(found) else ""
+    return f"{sum(psnrs) / len(psnrs):.2f}{own}" if psnrs else "not measured"
 
 
 def _terminal_projector(found: RowResult) -> str:

@@ -11,7 +11,7 @@ from lmd_bench.metrics.efficiency import RunEfficiency
 from lmd_bench.metrics.intervals import Figure, Missing, over_seeds, ratio
 from lmd_bench.report.cells import Cell, Column, Number, Section, Table, label, missing, number, plain
 from lmd_bench.report.load import Profile
-from lmd_bench.report.quality import yardsticks
+from lmd_bench.report.quality import OWN_MASK, has_own_mask, yardsticks
 from lmd_bench.report.row_cells import NAME_COLUMN, name_cell, ratio_lines
 from lmd_bench.report.rows import RowResult
 from lmd_bench.report.step_cost import RowRounds, measured_rows, paired_cell, ratio_parts
@@ -144,6 +144,8 @@ def _psnr_cell(found: RowResult, base: RowResult, confidence: float) -> Cell:
         if not yardsticks(one):
             why = one.why_nothing or f"not measured: {one.recorded_reason('yardstick', 'ttq')}"
             return missing(why if one is found else f"no difference: {one.row}: {why}")
+        if has_own_mask(one):
+            return missing(OWN_MASK if one is found else f"no difference: {one.row}: {OWN_MASK}")
     against = ratio(_gain(found, confidence), _gain(base, confidence), confidence)
     assert not isinstance(against, Missing)  # both sides were read
     value = _decibels(against.value)

@@ -40,6 +40,7 @@ _PHASE_COLOURS: Final = {
 }
 _MOST_POINTS: Final = 1000
 _DPI: Final = 150
+_LEGEND_LINE_INCHES: Final = 0.19
 
 
 @dataclass(frozen=True)
@@ -138,49 +139,49 @@ class Drawing:
         )
 
     def _schedules(self, runs: Sequence[Run]) -> None:
-        canvas, (axes, lengths) = _canvas(1, 2, height=4.4)
-        table: list[Sequence[object]] = []
-        drawn: set[str] = set()
-        for run in runs:
-            row = run.record.row
-            if row in drawn:  # a schedule is the same for every seed
-                continue
-            width = max(1.2, 7.0 - 1.4 * len(drawn))  # rows with one schedule lie on each other: all must show
-            drawn.add(row)
-            look = self.looks[row]
-            steps, ratios, tokens = (run.steps[name] for name in ("step", "mask_ratio", "tokens"))
-            progress = (steps - 1) / run.record.num_steps
-            axes.plot(progress, ratios, color=look.colour, linewidth=width, label=self.labels[row])
-            lengths.plot(progress, tokens, color=look.colour, linewidth=width, drawstyle="steps-post")
-            table += [
-                (row, "recorded", int(steps[i]), float(progress[i]), _or_none(ratios[i]), _or_none(tokens[i]))
-                for i in _thin(steps.size)
-            ]
-            if points := _own_points(run):
-                places = zip(*points, strict=True)
-                axes.plot(*places, color=look.colour, linestyle="none", marker="o", markersize=5, fillstyle="none")
-                table += [(row, "points", "none", progress, ratio, "none") for progress, ratio in points]
-        for name in PAPER_SCHEDULES:
-            grid = [i / _FORMULA_POINTS for i in range(_FORMULA_POINTS)]
-            values = [
-                mask_ratio(name, i + 1, _FORMULA_POINTS, start=0.15, mid=0.40, end=0.75) for i in range(_FORMULA_POINTS)
-            ]
-            axes.plot(grid[::8], values[::8], color="#333333", linestyle="none", marker=".", markersize=3.5, zorder=3)
-            table += [(name, "formula", "none", u, value, "none") for u, value in zip(grid, values, strict=True)]
-        axes.set(xlabel="share of all steps", ylabel="mask ratio", xlim=(0, 1), ylim=(0, 1))
-        lengths.set(xlabel="share of all steps", ylabel="tokens the encoder sees", xlim=(0, 1))
-        lengths.set_ylim(bottom=0)
-        _legend(canvas, axes)
+        by_row = {run.record.row: run for run in reversed(runs)}  # a schedule is the same for every seed
+        first = [by_row[row] for row in dict.fromkeys(run.record.row for run in runs)]
+        shrinks = any(_varies(run.steps["tokens"]) for run in first)
+        canvas, panels = _canvas(1, 2 if shrinks else 1, height=4.4)
+        for group in _of_equal_ratios(first):
+            self._schedule(group, *panels)
+        formulas = _formula_points()
+        _draw_formulas(formulas, panels[0])
+        panels[0].set(xlabel="share of all steps", ylabel="mask ratio", xlim=(0, 1), ylim=(0, 1))
+        if shrinks:
+            panels[1].set(xlabel="share of all steps", ylabel="tokens the encoder sees / most in the run", xlim=(0, 1))
+            panels[1].set_ylim(0, 1.05)
+        _legend(canvas, panels[0])
+        table = [line for run in first for line in _schedule_lines(run)]
+        table += [(name, "formula", "none", u, value, "none") for name, u, value in formulas]
+        right = (
+            " Right: what it comes to, the whole tokens that the encoder sees as a share of the most in the run; rows "
+            "whose input keeps its length are left out."
+        )
         self._save(
             canvas,
             "mask-schedules",
             "Mask schedules (the paper's figure 5)",
-            "Left: the mask ratio recorded in each step (lines) on the paper's three formulas (dots; section 3.2.3: "
-            "uniform, piecewise, cosine, from 0.15 to 0.75). Rings: the points of a schedule of one's own. Right: "
-            "what it comes to, the whole tokens left visible.",
+            "Left: the mask ratio recorded in each step (lines; rows of equal ratios are drawn once) on the paper's "
+            "three formulas (dots; section 3.2.3: uniform, piecewise, cosine, from 0.15 to 0.75). Rings: the points of "
+            f"a schedule of one's own.{right if shrinks else ''}",
             ["row", "kind", "step", "progress", "mask_ratio", "tokens"],
             table,
         )
+
+    def _schedule(self, group: Sequence[Run], ratios: Axes, lengths: Axes | None = None) -> None:
+        """Rows of equal mask ratios as one line, and what it comes to in tokens of each."""
+        look, run = self.looks[group[0].record.row], group[0]
+        names = ", ".join(self.labels[run.record.row] for run in group)
+        ratios.plot(_progress(run), run.steps["mask_ratio"], color=look.colour, linestyle=look.dash, label=names)
+        for run in group:
+            if points := _own_points(run):
+                places = zip(*points, strict=True)
+                ratios.plot(*places, color=look.colour, linestyle="none", marker="o", markersize=5, fillstyle="none")
+            if lengths is not None and _varies(run.steps["tokens"]):
+                lengths.plot(
+                    _progress(run), _token_share(run), color=look.colour, linestyle=look.dash, drawstyle="steps-post"
+                )
 
     def _yardstick(self, runs: Sequence[Run]) -> None:
         canvas, (axes,) = _canvas(1, 1, height=4.4)
@@ -189,17 +190,18 @@ class Drawing:
             record, look = run.record, self.looks[run.record.row]
             yardstick = record.yardstick
             assert yardstick is not None
-            own = " (own mask)" if yardstick.own_mask else ""
+            mark = " (own mask)" if yardstick.own_mask else ""
             axes.plot(
                 [check.train_s for check in yardstick.checks],
                 [check.psnr_db for check in yardstick.checks],
                 color=look.colour, linestyle=look.dash, marker=look.marker, markersize=4,
-                label=self._label(run, runs) + own,
+                label=self._label(run, runs) + mark,
             )  # fmt: skip
             table += [
                 (record.row, record.seed, c.step, c.train_s, c.psnr_db, c.ssim, c.num_images) for c in yardstick.checks
             ]
-        floors = [y.mean_colour_psnr_db for r in runs if (y := r.record.yardstick) and y.mean_colour_psnr_db]
+        common = [y for run in runs if (y := run.record.yardstick) and not y.own_mask]
+        floors = [yardstick.mean_colour_psnr_db for yardstick in common if yardstick.mean_colour_psnr_db]
         if floors:
             axes.axhline(floors[0], color="#777777", linewidth=1, linestyle=(0, (2, 2)), zorder=1)
             axes.annotate(
@@ -215,13 +217,16 @@ class Drawing:
                     color="#555555", xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points",
                     ha="right",
                 )  # fmt: skip
+        own = len(common) < len(runs)
+        but = " but those with masks of their own (own mask), which cannot be ranked with others," if own else ""
         axes.set(xlabel="training time, s (pauses left out)", ylabel="PSNR over hidden pixels, dB")
         _legend(canvas, axes)
         self._save(
             canvas,
             "yardstick",
             "The common yardstick over training time",
-            "All methods fill the same hidden parts of the same held-out images, off the clock. Higher is better.",
+            f"All methods{but} fill the same hidden parts of the same held-out images, off the clock. Higher is "
+            "better.",
             ["row", "seed", "step", "train_s", "psnr_db", "ssim", "num_images"],
             table,
         )
@@ -346,6 +351,58 @@ def _own_points(run: Run) -> list[tuple[float, float]]:
     return [(float(progress), float(ratio)) for progress, ratio in schedule]
 
 
+def _formula_points() -> list[tuple[str, float, float]]:
+    """(schedule, progress, ratio) of the paper's formulas."""
+    return [
+        (name, i / _FORMULA_POINTS, mask_ratio(name, i + 1, _FORMULA_POINTS, start=0.15, mid=0.40, end=0.75))
+        for name in PAPER_SCHEDULES
+        for i in range(_FORMULA_POINTS)
+    ]
+
+
+def _draw_formulas(formulas: Sequence[tuple[str, float, float]], axes: Axes) -> None:
+    for schedule in PAPER_SCHEDULES:
+        dots = [(progress, ratio) for name, progress, ratio in formulas if name == schedule][::8]
+        places = zip(*dots, strict=True)
+        axes.plot(*places, color="#333333", linestyle="none", marker=".", markersize=3.5, zorder=3)
+
+
+def _progress(run: Run) -> NDArray[np.float64]:
+    return (run.steps["step"] - 1) / run.record.num_steps
+
+
+def _token_share(run: Run) -> NDArray[np.float64]:
+    """Tokens that the encoder sees in each step, over the most that it sees in any."""
+    import numpy as np
+
+    tokens = run.steps["tokens"]
+    return np.asarray(tokens / _finite(tokens).max())
+
+
+def _varies(values: NDArray[np.float64]) -> bool:
+    found = _finite(values)
+    return found.size > 0 and bool(found.min() < found.max())
+
+
+def _of_equal_ratios(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs whose mask ratios are the same in every step, together."""
+    groups: dict[bytes, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.steps["mask_ratio"].round(6).tobytes(), []).append(run)
+    return list(groups.values())
+
+
+def _schedule_lines(run: Run) -> list[Sequence[object]]:
+    """Lines of the schedules' table: what a run recorded, and the points of a schedule of its own."""
+    row, progress = run.record.row, _progress(run)
+    steps, ratios, tokens = (run.steps[name] for name in ("step", "mask_ratio", "tokens"))
+    lines: list[Sequence[object]] = [
+        (row, "recorded", int(steps[i]), float(progress[i]), _or_none(ratios[i]), _or_none(tokens[i]))
+        for i in _thin(steps.size)
+    ]
+    return lines + [(row, "points", "none", u, ratio, "none") for u, ratio in _own_points(run)]
+
+
 def _or_none(value: float) -> float | str:
     """For tables, where an empty field would say nothing."""
     return float(value) if value == value else "none"
@@ -396,10 +453,14 @@ def _canvas(rows: int, columns: int, *, height: float, sharey: bool = False) -> 
 
 
 def _legend(canvas: Canvas, axes: Axes) -> None:
-    """One legend above the axes, where it hides no data."""
+    """One legend above the axes, where it hides no data; the figure grows by the lines it takes."""
     handles, names = axes.get_legend_handles_labels()
-    if handles:
-        canvas.legend(handles, names, loc="outside upper left", ncols=min(len(names), 6), frameon=False, fontsize=9)
+    if not handles:
+        return
+    inches = 0.6 + 0.07 * max(map(len, names))  # handle, gaps, and letters of 9 points
+    columns = max(1, min(len(names), 6, int((canvas.get_figwidth() - 0.2) / inches)))
+    canvas.set_figheight(canvas.get_figheight() + _LEGEND_LINE_INCHES * (-(-len(names) // columns) - 1))
+    canvas.legend(handles, names, loc="outside upper left", ncols=columns, frameon=False, fontsize=9)
 
 
 def _logarithmic_if_wide(axes: Axes, values: Sequence[object]) -> None:

@@ -41,10 +41,16 @@ def write_page(
         figures=[{"figure": figure, "data": _embedded(figure.png)} for figure in figures],
         definitions=definitions(suite),
         runs=_runs(results),
-        recipes=[(name, recipe.source) for name, recipe in suite.recipes.items() if recipe.source],
+        recipes=_recipes(suite),
     )
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def _recipes(suite: Suite) -> list[tuple[str, str]]:
+    """Name and source of every recipe that a row names."""
+    named = {row.recipe for row in suite.methods.values()}
+    return [(name, recipe.source) for name, recipe in suite.recipes.items() if name in named and recipe.source]
 
 
 def _embedded(png: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Final
 
 from lmd_bench.config import Suite, TargetConfig
 from lmd_bench.metrics.intervals import Missing
@@ -12,11 +13,19 @@ from lmd_bench.records import Progressive, Yardstick
 from lmd_bench.report.cells import Cell, Column, Number, Section, Table, label, missing, number
 from lmd_bench.report.rows import RowResult
 
+OWN_MASK: Final = "not ranked: own mask"
+"""Stands where a row that was measured under its own masks would be compared with others."""
+
 
 def yardsticks(found: RowResult) -> list[Yardstick]:
     """The yardsticks of a row's finished runs that were read at least once."""
     read = [run.record.yardstick for run in found.finished]
     return [yardstick for yardstick in read if yardstick is not None and yardstick.checks]
+
+
+def has_own_mask(found: RowResult) -> bool:
+    """Whether a row was measured under masks of its own, not the common ones."""
+    return any(yardstick.own_mask for yardstick in yardsticks(found))
 
 
 def quality_checks(yardstick: Yardstick) -> list[QualityCheck]:
@@ -25,8 +34,13 @@ def quality_checks(yardstick: Yardstick) -> list[QualityCheck]:
 
 
 def resolve(target: TargetConfig, rows: Mapping[str, RowResult]) -> float | Missing:
-    """A target in dB from the reference row's checks; several seeds: their mean at each step."""
+    """A target in dB from the reference row's checks; several seeds: their mean at each step.
+
+    Missing where the row has no checks, or was measured under masks of its own.
+    """
     reference = rows.get(target.of)
+    if reference is not None and has_own_mask(reference):
+        return Missing(f"the reference {target.of} was measured under its own mask")
     by_step: dict[int, list[QualityCheck]] = {}
     for yardstick in yardsticks(reference) if reference else []:
         for check in quality_checks(yardstick):
@@ -184,6 +198,8 @@ def _ttq_cell(read: Sequence[Yardstick], target: TargetConfig, level: float | Mi
     key = _key(target)
     if isinstance(level, Missing):
         return missing(f"no target: {level.reason}")
+    if any(yardstick.own_mask for yardstick in read):
+        return Cell((OWN_MASK,), "missing", {f"{key}_target_db": level})
     results = [ttq(quality_checks(yardstick), level, yardstick.ceiling_psnr_db) for yardstick in read]
     if len(results) == 1:
         return _single_ttq(results[0], key)
@@ -212,14 +228,20 @@ def _single_ttq(result: TTQ, key: str) -> Cell:
     return Cell(tuple(lines), "value", {f"{key}_s": result.seconds, f"{key}_after_s": edge} | state)
 
 
+def _who_is_compared(own: Sequence[str]) -> str:
+    return f"All rows but {', '.join(own)} (own mask, not ranked) fill" if own else "All rows fill"
+
+
 def _notes(
     suite: Suite, rows: Mapping[str, RowResult], targets: Sequence[tuple[TargetConfig, float | Missing]]
 ) -> list[str]:
     evaluation = suite.evaluation
+    own = [found.label for found in rows.values() if has_own_mask(found)]
     notes = [
-        f"All rows fill the same hidden parts of the same {evaluation.num_images} held-out images (squares of "
-        f"{evaluation.unit_px} px, {100 * evaluation.keep:g} % of them visible), off the clock; the harness pastes the "
-        "visible pixels back. PSNR over hidden pixels only, SSIM over the whole; several seeds: mean and range.",
+        f"{_who_is_compared(own)} the same hidden parts of the same {evaluation.num_images} held-out images "
+        f"(squares of {evaluation.unit_px} px, {100 * evaluation.keep:g} % of them visible), off the clock; the "
+        "harness pastes the visible pixels back. PSNR over hidden pixels only, SSIM over the whole; several seeds: "
+        "mean and range.",
         "TTQ: training seconds until the target is first reached and held at the next check; the time itself lies "
         "between that check and the one before. A target above its projector's ceiling cannot be reached.",
         "Latent leak: PSNR gained when the projector sees the whole image before latents are masked; the other columns "

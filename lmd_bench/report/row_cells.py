@@ -123,20 +123,44 @@ def mask_ratio_cell(found: RowResult) -> Cell:
     return Cell(lines, "value", {"mask_ratio_first": first, "mask_ratio_last": last})
 
 
-def mask_levels_cell(found: RowResult) -> Cell:
-    """Mask levels, or the row's own number of diffusion steps where its options name one."""
+DIFFUSION_STEPS: Final = ("diffusion_steps", "reverse_steps", "mask_levels")
+"""CSV columns of `diffusion_steps_cell`."""
+_NAMES_OF_T: Final = ("num_timesteps", "num_train_timesteps", "timesteps", "diffusion_steps")
+
+
+def diffusion_steps_cell(found: RowResult) -> Cell:
+    """Steps of a diffusion method, which its options name: T in training, and the reverse ones of a reconstruction.
+
+    For other rows that mask: the mask levels walked in training.
+    """
     if found.why_nothing:
         return missing(found.why_nothing)
-    for run in found.finished:
-        for key, value in (run.record.config.get("options") or {}).items():
-            if key in ("num_timesteps", "num_train_timesteps", "timesteps", "diffusion_steps"):
-                return Cell((str(value),), "value", {"mask_levels": value})
+    timesteps = _num_timesteps(found)
+    if timesteps is not None:
+        return _timesteps_cell(found, timesteps)
     if found.mask_range is None:
         return label("no mask; the record names no number of timesteps")
     levels = found.mask_levels
-    return missing("not measured: token counts were not recorded") if levels is None else Cell(
-        (f"{levels} mask levels",), "value", {"mask_levels": levels}
-    )  # fmt: skip
+    if levels is None:
+        return missing("not measured: token counts were not recorded")
+    parts: dict[str, Number | str] = dict.fromkeys(DIFFUSION_STEPS[:2], "no diffusion")
+    return Cell((f"{levels} mask levels",), "value", parts | {DIFFUSION_STEPS[2]: levels})
+
+
+def _timesteps_cell(found: RowResult, timesteps: int) -> Cell:
+    read = [run.record.yardstick for run in found.finished if run.record.yardstick is not None]
+    parts: dict[str, Number | str] = {DIFFUSION_STEPS[0]: timesteps, DIFFUSION_STEPS[2]: "no mask levels"}
+    if not read:
+        why = f"not measured: {found.recorded_reason('yardstick', 'ttq')}"
+        return Cell((f"{timesteps} in training", f"reverse: {why}"), "value", parts | {DIFFUSION_STEPS[1]: why})
+    reverse = read[0].function_evaluations
+    lines = (f"{timesteps} in training", f"{reverse} to reconstruct")
+    return Cell(lines, "value", parts | {DIFFUSION_STEPS[1]: reverse})
+
+
+def _num_timesteps(found: RowResult) -> int | None:
+    options = [run.record.config.get("options") or {} for run in found.finished]
+    return next((int(values[name]) for values in options for name in _NAMES_OF_T if values.get(name)), None)
 
 
 def share_cell(found: RowResult, share: float | None, name: str) -> Cell:

@@ -155,7 +155,7 @@ class _StepCost:
             Column("without projector", ratio_parts("reference_bare"), None, to_reference),
             Column("whole step", ratio_parts("calibrator"), None, "Ratio to the calibrator"),
             Column("without projector", ratio_parts("calibrator_bare"), None, "Ratio to the calibrator"),
-            Column("Parameters", ("parameters_m",), "M"),
+            Column("Parameters", ("parameters_m", "projector_parameters_m"), "M"),
             Column("Operations", ("gflop_per_step",), "GFLOP per step"),
             Column("Achieved", ("gflop_per_s",), "GFLOP/s"),
             Column("Peak memory", ("peak_memory_mib",), "MiB"),
@@ -232,8 +232,7 @@ class _StepCost:
 
     def _costs(self, row: RowRounds) -> list[Cell]:
         about, step_ms = row.about, row.step_ms
-        parameters = about.parameters / 1e6
-        cells = [Cell((number(parameters),), "value", {"parameters_m": parameters})]
+        cells = [_parameters(about)]
         if about.flops_per_step is None:
             cells += [missing("not measured: operations were not counted")] * 2
         else:
@@ -273,6 +272,8 @@ class _StepCost:
             f"Timed: {record.progress}. Interleaved rounds, every row of a round in a fresh process; inputs are noise "
             "in memory. Step: median over rounds of the round's mean; its interval lies between two rounds (order "
             "statistics). Ratios: Student's t on the logs of ratios within the same round.",
+            "What a method has data workers make in a run (Method.collate, such as GreenMIM's groups of windows) is "
+            "made within the step here: in the phase data, and so in the share of the stall.",
             "Calibrator: timm vit_base_patch16_224, batch 4, fp32, torch.optim.AdamW, whole step, so that ratios "
             "travel between machines. These times are not MIT, which comes from whole runs only.",
             "Marks on / off: steps with the timer's inner marks over steps without, interleaved in one process; "
@@ -296,3 +297,10 @@ class _StepCost:
 
 def _fine(against: Ratio) -> str:
     return f"[{against.low:.4f}, {against.high:.4f}]"
+
+
+def _parameters(about: ProfileRow) -> Cell:
+    """Those of the method, and on a second line those of its frozen projector."""
+    own, frozen = about.parameters / 1e6, about.projector_parameters / 1e6
+    lines = (number(own), f"+ {number(frozen)} frozen projector") if frozen else (number(own),)
+    return Cell(lines, "value", {"parameters_m": own, "projector_parameters_m": frozen})

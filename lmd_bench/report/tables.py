@@ -12,9 +12,10 @@ from lmd_bench.metrics.intervals import Figure
 from lmd_bench.report.cells import Cell, Column, Section, Table, missing, number
 from lmd_bench.report.published import PublishedTable, load_published
 from lmd_bench.report.row_cells import (
+    DIFFUSION_STEPS,
     NAME_COLUMN,
     decreases_cell,
-    mask_levels_cell,
+    diffusion_steps_cell,
     mask_ratio_cell,
     measured_cell,
     measured_parts,
@@ -120,7 +121,7 @@ class _PublishedTableBuilder:
         if "diffusion_steps" in self.paper.columns:
             columns += [
                 Column("paper", ("published_diffusion_steps",), group="Diffusion steps"),
-                Column("this run", ("mask_levels",), group="Diffusion steps"),
+                Column("this run", DIFFUSION_STEPS, group="Diffusion steps"),
             ]
         for measure in self.measures:
             columns += self._measure_columns(measure)
@@ -153,7 +154,7 @@ class _PublishedTableBuilder:
         if "mask_ratio" in self.paper.columns:
             cells += [self._published_text(row, "mask_ratio"), mask_ratio_cell(found)]
         if "diffusion_steps" in self.paper.columns:
-            cells += [self._published_text(row, "diffusion_steps"), mask_levels_cell(found)]
+            cells += [self._published_text(row, "diffusion_steps"), diffusion_steps_cell(found)]
         for measure in self.measures:
             cells += [self._published_measure(row, measure), self._measured(row, measure)]
         if self.timed:
@@ -219,8 +220,9 @@ class _PublishedTableBuilder:
             notes.append(f"In the paper's table but without a row in this suite: {', '.join(absent)}.")
         if "diffusion_steps" in paper.columns:
             notes.append(
-                "Diffusion steps, this run: mask levels walked, that is, tokens between the longest and the shortest "
-                "encoder input. The paper's LMD: 29."
+                "Diffusion steps, this run: for diffusion methods T in training, and the reverse steps of one "
+                "reconstruction on the yardstick (passes of the network); for masked ones the mask levels walked in "
+                "training, that is, tokens between the longest and the shortest encoder input. The paper's LMD: 29."
             )
         by_text: dict[str, list[str]] = {}
         for found in self._shown():

@@ -26,7 +26,8 @@ def test_timesteps_are_antithetic() -> None:
     torch.manual_seed(0)
     method = DDIM(TINY, DataSpec(16))
     for num in (1, 2, 5, 8):
-        timesteps = method.draw_timesteps(num, torch.device("cpu"))
+        timesteps, weights = method.draw_timesteps(num, torch.device("cpu"))
+        assert weights is None
         assert timesteps.shape == (num,)
         assert timesteps.min() >= 0
         assert timesteps.max() <= 999
@@ -105,6 +106,17 @@ def test_a_checkpoint_of_ddpm_is_one_of_ddim() -> None:
     assert all(torch.equal(tensor, again[key]) for key, tensor in official.items())
 
 
+def test_what_weights_do_not_tell_is_that_of_the_released_model_unless_it_is_given() -> None:
+    with torch.device("meta"):
+        official = DDIM(DDIMConfig(**PUBLISHED_CIFAR), DataSpec(32)).to_official()
+        ddim, ddpm = DDIM.from_official(official), DDPM.from_official(official)
+        given = DDPM.from_official(official, dropout=0.2, variance="fixed_small", image_size=64)
+    assert (ddim.config, ddim.data.image_size) == (DDIMConfig(**PUBLISHED_CIFAR), 32)
+    assert ddpm.config == DDPM.Config(**PUBLISHED_CIFAR, variance="fixed_large")
+    assert (given.config.dropout, given.data.image_size) == (0.2, 64)
+    assert given.config == DDPM.Config(**{**PUBLISHED_CIFAR, "dropout": 0.2})
+
+
 def test_checkpoints_that_do_not_fit_are_refused_in_one_line() -> None:
     official = DDIM(TINY, DataSpec(16)).to_official()
     options = {"norm_num_groups": 8, "image_size": 16}
@@ -113,15 +125,17 @@ def test_checkpoints_that_do_not_fit_are_refused_in_one_line() -> None:
     problems = r"1 missing: mid\.attn_1\.q\.weight; 1 unexpected: head\.weight; 1 of another shape: conv_out\.bias"
     with pytest.raises(WeightsError, match=problems):
         DDIM.from_official(wrong, **options)
-    with pytest.raises(WeightsError, match=r"no keys down\.0\.block\.0\.\*; expected the layout of github"):
+    with pytest.raises(
+        WeightsError, match=r"down\.0\.block\.0\.conv1\.weight is missing; expected the layout of github"
+    ):
         DDIM.from_official({"patch_embed.proj.weight": torch.zeros(8, 3, 4, 4)}, **options)
-    with pytest.raises(WeightsError, match="no published model has 2 levels; give image_size"):
+    with pytest.raises(WeightsError, match=r"no published model has the channels \[16, 32\]; give image_size"):
         DDIM.from_official(official, norm_num_groups=8)
     with pytest.raises(
         WeightsError, match=r"57 of another shape: temb\.dense\.0\.weight \(64, 16\) instead of \(128, 32\)"
     ):
         DDIM.from_official(official, **options, block_out_channels=(32, 32))
-    with pytest.raises(ValidationError, match="16 is not divisible by norm_num_groups"):
+    with pytest.raises(WeightsError, match="16 is not divisible by norm_num_groups"):
         DDIM.from_official(official, image_size=16)
 
 
@@ -130,6 +144,8 @@ def test_checkpoints_that_do_not_fit_are_refused_in_one_line() -> None:
     [
         ({"eta": 1.5}, "eta"),
         ({"spacing": "cosine"}, "spacing"),
+        ({"sampler": "ddpm_noisy", "eta": 0.5}, "eta: 0.5 is noise of the generalized sampler"),
+        ({"block_out_channels": (0, 32)}, r"block_out_channels\.0"),
         ({"num_inference_steps": 1001}, "num_inference_steps must be at most num_train_timesteps 1000"),
     ],
 )

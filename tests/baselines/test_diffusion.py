@@ -5,10 +5,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from baselines._diffusion import DiffusionConfig, DiffusionMethod
 from baselines._gaussian import AncestralSampler, DDIMSampler, GaussianDiffusion, evenly_spaced, noise_schedule
+from baselines.ddim import DDIM
+from baselines.ddpm import DDPM
+from baselines.iddpm import IDDPM
+from baselines.ldm import LDM
 from lmd_bench.method import DataSpec
 
 CONFIG = DiffusionConfig(num_inference_steps=8)
@@ -33,9 +36,6 @@ class Oracle(DiffusionMethod):
             table[timesteps].view(-1, 1, 1, 1) for table in (self.diffusion.signal, self.diffusion.noise_level)
         )
         return (x_t - signal * clean) / noise
-
-    def loss(self, output: Tensor, noise: Tensor, *, clean: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
-        return F.mse_loss(output, noise)
 
 
 @pytest.fixture(params=[False, True], ids=["ancestral", "ddim"])
@@ -87,3 +87,22 @@ def test_a_training_step_draws_the_noise_first_and_the_timesteps_second(oracle: 
     noise = torch.randn(4, 3, 32, 32)
     assert torch.equal(timesteps, torch.randint(1000, (4,)))
     torch.testing.assert_close(x_t, oracle.diffusion.q_sample(images * 2 - 1, noise, timesteps))
+
+
+def test_the_loss_is_the_squared_error_and_weights_are_those_of_its_images(oracle: Oracle) -> None:
+    output, noise = torch.randn(2, 3, 3, 32, 32)
+    parts = {"clean": noise, "x_t": noise, "timesteps": torch.zeros(3, dtype=torch.int64)}
+    errors, weights = (output - noise).square().mean(dim=(1, 2, 3)), torch.tensor([0.5, 1.0, 4.0])
+    torch.testing.assert_close(oracle.loss(output, noise, **parts), errors.mean())
+    torch.testing.assert_close(oracle.loss(output, noise, weights=weights, **parts), (errors * weights).mean())
+
+
+@pytest.mark.parametrize("method_class", [DDPM, DDIM, IDDPM, LDM])
+def test_weight_decay_reaches_every_trained_weight_as_in_the_authors_code(method_class: type[DiffusionMethod]) -> None:
+    sizes: dict[str, Any] = {"block_out_channels": (16, 32), "attention_levels": (), "norm_num_groups": 8}
+    if method_class is LDM:
+        sizes |= {"projector": {"kind": "vq", "path": "shipped:scenes-vq-f8"}, "attention_head_dim": 8}
+    method = method_class(method_class.Config.model_validate(sizes), DataSpec(16))
+    (group,) = method.param_groups(0.01)
+    assert group["weight_decay"] == 0.01
+    assert {id(parameter) for parameter in group["params"]} == {id(parameter) for parameter in method.unet.parameters()}

@@ -58,7 +58,8 @@ def test_the_encoder_can_have_any_number_of_stages(
 def test_one_step_keeps_int_of_the_visible_share_for_the_whole_batch() -> None:
     method = tiny(mask_ratio=0.7)
     output = method.training_step(torch.rand(2, 3, 64, 64), step=1, total_steps=10)
-    assert output.scalars == {"mask_ratio": 0.7, "tokens": 19.0 * 16}
+    assert output.scalars == {"mask_ratio": 45 / 64, "tokens": 19.0 * 16}
+    assert method.mask_ratio_at(1, 10) == 45 / 64
     assert method.num_tokens_at(1, 10) == 19 * 16
 
 
@@ -111,6 +112,11 @@ def test_the_plan_names_units_and_mask() -> None:
     text = GreenMIM.plan_text(GreenMIMConfig(), DataSpec(224))
     assert text == "12 of 49 units of 32 px visible, the same ones throughout a batch"
     assert GreenMIM.token_px(GreenMIMConfig(), DataSpec(224)) == 32
+    assert GreenMIMConfig(official_order=True).sizes_text() == (
+        "swin with stages of widths [128, 256, 512, 1024], depths [2, 2, 18, 2], heads [4, 8, 16, 32] and windows of "
+        "7, decoder of width 512, 1 blocks and 16 heads in the order of the release"
+    )
+    assert GreenMIMConfig().sizes_text().endswith("16 heads")
 
 
 def test_the_published_model_computes_visible_tokens_only() -> None:
@@ -223,7 +229,7 @@ def test_the_published_sizes_with_windows_of_14_are_recognised(
             key: value for key, value in GreenMIM(config, DataSpec(224)).to_official().items() if "index" not in key
         }
         method = GreenMIM.from_official(state)
-    assert method.config == config
+    assert method.config == config.model_copy(update={"official_order": True})
     assert method.data.image_size == 224
     assert round(sum(p.numel() for p in method.parameters()) / 1e6) == millions
 
@@ -247,6 +253,31 @@ def test_keys_and_sizes_that_do_not_fit_are_named() -> None:
         GreenMIM.from_official(state, decoder_heads=2)
     with pytest.raises(WeightsError, match=r"of another shape: encoder.layers.0.blocks.0.attn.relative_position_bias"):
         GreenMIM.from_official(tiny().to_official(), decoder_heads=2, window_size=8)
+    encoder = {key: value for key, value in tiny().to_official().items() if key.startswith("encoder.")}
+    for state in (encoder, {key.removeprefix("encoder."): value for key, value in encoder.items()}):
+        with pytest.raises(WeightsError, match=r"^checkpoint: an encoder alone \(as for fine-tuning\)"):
+            GreenMIM.from_official(state)
+
+
+def test_heads_of_the_decoder_are_those_of_the_published_width_or_asked_for() -> None:
+    state = tiny().to_official()
+    with pytest.raises(WeightsError, match=r"no published decoder has the width 32.*: 512 \(16\); give decoder_heads"):
+        GreenMIM.from_official(state)
+    with pytest.raises(WeightsError, match="decoder_heads: 5 heads do not divide the decoder's width 32"):
+        GreenMIM.from_official(state, decoder_heads=5)
+
+
+def test_imported_weights_go_on_in_the_order_they_were_trained_in_unless_told_otherwise() -> None:
+    state = tiny().to_official()
+    assert GreenMIM.from_official(state, decoder_heads=2).config.official_order
+    assert not GreenMIM.from_official(state, decoder_heads=2, official_order=False).config.official_order
+
+
+def test_sizes_of_a_file_that_make_no_model_are_refused_as_weights() -> None:
+    with pytest.raises(WeightsError, match=r"^checkpoint: window_size: 5 does not cut the 32 x 32 tokens of stage 1"):
+        GreenMIM.from_official(tiny().to_official(), decoder_heads=2, window_size=5)
+    with pytest.raises(WeightsError, match=r"^checkpoint: num_heads: 7 heads do not divide the width 16"):
+        GreenMIM.from_official(tiny().to_official(), decoder_heads=2, num_heads=(7, 2, 4))
 
 
 def test_other_constants_than_those_of_its_windows_are_refused() -> None:

@@ -74,7 +74,7 @@ def checkpoint(method: LDM) -> dict[str, Tensor]:
 
 
 def test_ldm_keeps_the_contract() -> None:
-    check_method(LDM, config(), DATA, learning_rate=3e-3, overfit_steps=60, overfit_share=0.7)
+    check_method(LDM, config(), DATA, learning_rate=1e-2)
 
 
 def test_training_reads_latents_of_whole_images_or_of_a_cache() -> None:
@@ -94,13 +94,6 @@ def test_training_reads_latents_of_whole_images_or_of_a_cache() -> None:
     cached = config(projector={**SHIPPED, "cache": "auto"})
     assert LDM(cached, DATA).cached_shape == (4, 8, 8)
     assert LDM.latent_cache(cached) == cached.projector
-
-
-def test_weight_decay_reaches_every_weight_of_the_unet_as_in_the_authors_code() -> None:
-    method = fourfold()
-    (group,) = method.param_groups(0.01)
-    assert group["weight_decay"] == 0.01
-    assert len(group["params"]) == len(list(method.unet.parameters()))
 
 
 def test_latents_are_quantised_before_they_are_decoded() -> None:
@@ -178,6 +171,23 @@ def test_a_number_of_steps_whose_offset_leaves_the_process_is_refused(steps: int
     assert len(config(num_inference_steps=steps, ddim_offset=False).inference_timesteps()) >= steps
 
 
+def test_a_process_too_short_for_the_quadratic_offset_is_refused() -> None:
+    short = {"num_train_timesteps": 5, "num_inference_steps": 2, "spacing": "quadratic"}
+    with pytest.raises(ValidationError, match="2 with ddim_offset ends beyond the last timestep 4; use ddim_offset: f"):
+        config(**short)
+    assert config(**short, ddim_offset=False).inference_timesteps() == [0, 4]
+
+
+def test_given_heads_take_the_place_of_the_default_size_of_one() -> None:
+    sizes = {"projector": {"kind": "pixels"}, "block_out_channels": (32, 64), "attention_levels": (1,)}
+    heads = LDMConfig(**sizes, num_heads=4)
+    assert (heads.attention_head_dim, heads.heads_at(64)) == (None, 4)
+    assert LDMConfig.model_validate(heads.model_dump()) == heads
+    assert LDMConfig(**sizes).heads_at(64) == 2
+    with pytest.raises(ValidationError, match="not both: set the other to null"):
+        LDMConfig(**sizes, num_heads=4, attention_head_dim=32)
+
+
 def test_the_plan_tells_the_latent_map_and_the_true_number_of_steps() -> None:
     assert LDM.plan_text(config(), DATA) == "latents of 8 x 8 x 4"
     text = LDM.plan_text(config(num_inference_steps=30), DATA)
@@ -236,10 +246,13 @@ def test_without_a_projector_the_checkpoint_trains_on_latents_alone() -> None:
             {"cond_stage_model.embedding.weight": torch.ones(1)},
             "no unconditional latent diffusion: 1 unexpected: c",
         ),
-        ({"model.diffusion_model.label_emb.weight": torch.ones(1)}, "does not fit the model: 1 unexpected: label_emb"),
+        ({"model.diffusion_model.label_emb.weight": torch.ones(1)}, "a class-conditional model"),
         ({"model.diffusion_model.out.2.bias": torch.ones(5)}, r"out\.2\.bias \(5,\) instead of \(3,\)"),
         ({"betas": torch.linspace(1e-4, 0.02, 1000)}, "betas are 0.0001 to 0.02 over 1000 steps; the noise schedule"),
         ({"betas": torch.linspace(1e-4, 0.02, 50)}, "betas are 0.0001 to 0.02 over 50 steps; the noise schedule"),
+        ({"betas": torch.tensor([0.0015])}, r"betas \(1,\) are no noise schedule"),
+        ({"betas": torch.tensor(0.0015)}, r"betas \(\) are no noise schedule"),
+        ({"scale_factor": torch.tensor(0.18)}, r"scale_factor \[0.18.*projector fourfold has scale 1; set"),
     ],
 )
 def test_checkpoints_that_do_not_fit_are_refused_in_words(change: dict[str, Tensor], words: str) -> None:
@@ -250,10 +263,19 @@ def test_checkpoints_that_do_not_fit_are_refused_in_words(change: dict[str, Tens
 def test_other_layouts_and_projectors_are_refused() -> None:
     method = fourfold()
     bare = {name.removeprefix("model.diffusion_model."): tensor for name, tensor in method.to_official().items()}
-    with pytest.raises(WeightsError, match=r"no keys model\.diffusion_model\.\*; expected latent-diffusion's layout"):
+    with pytest.raises(
+        WeightsError, match=r"model\.diffusion_model\.input_blocks\.0\.0\.weight is missing; expected l"
+    ):
         restored(bare)
     with pytest.raises(WeightsError, match="a U-Net on latents of 3 channels, projector scenes-vq-f8 has 4"):
         restored(checkpoint(method), projector=ProjectorConfig.model_validate(SHIPPED), image_size=64)
+
+
+def test_a_scale_is_not_dropped_without_a_projector() -> None:
+    official = checkpoint(fourfold())
+    restored({**official, "scale_factor": torch.tensor(1.0)}, projector=None)
+    with pytest.raises(WeightsError, match=r"scale_factor \[0.5\]: its latents are .*; give the first stage"):
+        restored({**official, "scale_factor": torch.tensor(0.5)}, projector=None)
 
 
 def test_the_checkpoints_scale_must_be_the_projectors() -> None:

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 
 from baselines.mae import MAE, MAEConfig
-from lmd_bench.errors import ConfigError
+from lmd_bench.errors import ConfigError, WeightsError
 from lmd_bench.method import DataSpec
 from lmd_bench.testing import check_method
 
@@ -119,3 +120,43 @@ def test_larger_official_checkpoints_are_recognised_by_their_widths(size: str, h
 def test_sizes_that_are_given_win_over_the_published_ones() -> None:
     config = MAEConfig(size="large", encoder_depth=3)
     assert (config.encoder_width, config.encoder_depth, config.encoder_heads) == (1024, 3, 16)
+    assert MAEConfig(**config.model_dump()) == config
+    assert MAEConfig(size=None).model_dump() == {**MAEConfig().model_dump(), "size": None}
+    with pytest.raises(ValidationError, match="size"):
+        MAEConfig(size="giant")
+
+
+def test_an_imported_encoder_is_named_by_its_sizes() -> None:
+    with torch.device("meta"):
+        large = MAE(MAEConfig(size="large"), DataSpec(224)).to_official()
+        assert MAE.from_official(large).config.size == "large"
+        assert MAE.from_official(large, size="large").config.size == "large"
+        assert MAE.from_official(large, encoder_heads=8).config.size is None
+        with pytest.raises(
+            WeightsError,
+            match=r"^checkpoint: size: its encoder is not huge, but 1024 wide with 24 blocks and 16 heads on patches "
+            r"of 16 px; leave size out$",
+        ):
+            MAE.from_official(large, size="huge")
+    tiny = MAE(MAEConfig(patch_size=8, **TINY), DataSpec(64)).to_official()
+    assert MAE.from_official(tiny, encoder_heads=3, decoder_heads=2).config.size is None
+    assert MAE.from_official(tiny, encoder_heads=3, decoder_heads=2, size=None).config.size is None
+
+
+def test_an_encoder_alone_is_no_checkpoint_of_pre_training() -> None:
+    state = MAE(MAEConfig(patch_size=8, **TINY), DataSpec(64)).to_official()
+    encoder = {key: value for key, value in state.items() if "decoder" not in key and key != "mask_token"}
+    with pytest.raises(
+        WeightsError,
+        match=r"^checkpoint: an encoder alone \(as for fine-tuning\); take the pre-training checkpoint with its deco",
+    ):
+        MAE.from_official(encoder)
+
+
+def test_sizes_of_a_file_that_make_no_model_are_refused_as_weights() -> None:
+    state = MAE(MAEConfig(patch_size=8, **TINY), DataSpec(64)).to_official()
+    heads = {"encoder_heads": 3, "decoder_heads": 2}
+    with pytest.raises(WeightsError, match=r"^checkpoint: mask_ratio: a mask ratio of 0.999 leaves none of 64 tokens"):
+        MAE.from_official(state, mask_ratio=0.999, **heads)
+    with pytest.raises(WeightsError, match=r"^checkpoint: encoder_width must be divisible by 4"):
+        MAE.from_official(state, encoder_width=50, **heads)

@@ -6,7 +6,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from baselines._openai_layout import load_openai, sizes_from_openai, to_openai
+from baselines._openai_layout import _official_shapes, load_openai, sizes_from_openai, to_openai
 from baselines._unet import UNetOptions, build_unet
 from lmd_bench.errors import WeightsError
 from tests.baselines.test_unet import randomised
@@ -59,6 +59,17 @@ def test_sizes_are_read_off_the_tensors(scale_shift: bool) -> None:
     assert sizes.attention_levels == (1,)
     assert (sizes.layers_per_block, sizes.in_channels, sizes.out_channels) == (2, 3, 6)
     assert sizes.scale_shift == scale_shift
+
+
+def test_shapes_of_the_authors_layout_are_known_without_copies_of_weights() -> None:
+    unet = tiny_unet()
+    assert _official_shapes(unet) == {key: tensor.shape for key, tensor in to_openai(unet).items()}
+    assert list(_official_shapes(unet)) == list(to_openai(unet))
+
+
+def test_a_model_of_class_labels_is_told_before_anything_else() -> None:
+    with pytest.raises(WeightsError, match=r"a class-conditional model \(label_emb.weight\); only unconditional ones"):
+        sizes_from_openai({"label_emb.weight": torch.zeros(1000, 64)})
 
 
 def test_keys_that_do_not_fit_are_named_and_nothing_is_loaded() -> None:

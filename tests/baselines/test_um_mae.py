@@ -8,7 +8,6 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from baselines._um_mae_pyramid import PyramidShape
 from baselines._um_mae_vit import UMViT, secondary_order
 from baselines._uniform_sampling import draw_uniform, num_unreplaced, visible_first
 from baselines.mae import MAE, MAEConfig
@@ -74,6 +73,15 @@ def test_one_step_encodes_a_quarter_of_the_tokens() -> None:
     assert output.scalars == {"mask_ratio": 0.75, "tokens": 16.0}
     assert method.num_tokens_at(1, 10) == 16
     assert tiny(56, regular=False).num_tokens_at(1, 10) == 49 - 36
+    assert tiny(56, regular=False).mask_ratio_at(1, 10) == 36 / 49
+
+
+@PYRAMIDS
+def test_a_pyramid_computes_the_patches_of_the_visible_tokens(backbone: str) -> None:
+    method = tiny_pyramid(backbone)
+    output = method.training_step(torch.rand(1, 3, 64, 64), step=1, total_steps=10)
+    assert output.scalars == {"mask_ratio": 0.75, "tokens": 16.0 * 16}
+    assert method.num_tokens_at(1, 10) == 16 * 16
 
 
 def test_replaced_and_hidden_patches_are_not_looked_at() -> None:
@@ -174,8 +182,10 @@ def test_a_pyramids_predictions_land_on_the_tokens_they_are_of(backbone: str) ->
     patches = patchify(method.pixels.normalize(method.reconstruct(images, own)), 8)
     for row in range(2):
         tokens = own[row].flatten().nonzero().flatten()
-        inside = method.pixels.normalize(method.pixels.to_images(unpatchify(predicted[row : row + 1, :1], 8, 3)))
-        torch.testing.assert_close(patches[row, tokens[:1]], patchify(inside, 8)[0])
+        assert len(tokens) == predicted.shape[1] == 48
+        for token, values in zip(tokens, predicted[row], strict=True):
+            inside = method.pixels.normalize(method.pixels.to_images(unpatchify(values[None, None], 8, 3)))
+            torch.testing.assert_close(patches[row, token], patchify(inside, 8)[0, 0])
 
 
 def test_normalised_targets_cannot_take_the_yardstick() -> None:
@@ -234,6 +244,7 @@ def test_options_survive_being_written_out_whole() -> None:
         (56, {}, r"^patch_size: tokens of 8 px are 7 x 7 on images of 56 px, and uniform masks need an even number"),
         (48, {"backbone": "pvt"}, r"^image_size: 48 px are not a multiple of 32, 4 tokens of 8 px"),
         (96, {"backbone": "swin"}, r"^image_size: 96 px give swin compact maps of"),
+        (72, {"backbone": "pvt", "patch_size": 18}, r"^patch_size: a pyramid's tokens are 4 x 4 patches, got 18 px"),
         (32, {"secondary_ratio": 0.9}, r"^secondary_ratio: a mask ratio of 0.9 leaves none of 4 tokens visible"),
     ],
 )
@@ -265,8 +276,11 @@ def test_official_weights_come_back_bit_for_bit() -> None:
 def test_a_pyramids_weights_come_back_bit_for_bit(backbone: str, official_order: bool) -> None:
     made = tiny_pyramid(backbone, official_order=official_order)
     state = made.to_official()
-    method = UMMAE.from_official(state, stage_heads=(1, 2, 2, 3), decoder_heads=2, official_order=official_order)
+    # the authors' were trained in the release's order: what is not, has to say so
+    options: dict[str, Any] = {} if official_order else {"official_order": False}
+    method = UMMAE.from_official(state, stage_heads=(1, 2, 2, 3), decoder_heads=2, **options)
     assert method.config == made.config
+    assert ("in the order of the release" in method.config.sizes_text()) == official_order
     assert method.data.image_size == 64
     back = method.to_official()
     assert list(back) == list(state)
@@ -274,14 +288,6 @@ def test_a_pyramids_weights_come_back_bit_for_bit(backbone: str, official_order:
 
 
 def test_the_published_pyramids_have_their_parameters() -> None:
-    large: dict[str, Any] = {
-        "stage_widths": (192, 384, 768, 1536),
-        "stage_depths": (2, 2, 18, 2),
-        "stage_heads": (6, 12, 24, 48),
-        "bias_hidden": 64,
-        "decoder_depth": 8,
-    }
-    assert UMMAEConfig(backbone="swin", **large).pyramid_shape(256) == PyramidShape.published("swin_large")
     with torch.device("meta"):
         for backbone, total, trainable in (("pvt", 28_915_776, 28_522_560), ("swin", 35_905_418, 35_774_346)):
             method = UMMAE(UMMAEConfig(backbone=backbone), DataSpec(256))  # type: ignore[arg-type]
@@ -301,6 +307,10 @@ def without(state: dict[str, Tensor], key: str) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if name != key}
 
 
+def encoder_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if "decoder" not in name and "mask_token" not in name}
+
+
 def test_checkpoints_that_do_not_fit_are_refused_in_one_line() -> None:
     state = tiny().to_official()
     mae = MAE(MAEConfig(**TINY), DataSpec(64)).to_official()
@@ -310,6 +320,10 @@ def test_checkpoints_that_do_not_fit_are_refused_in_one_line() -> None:
         (without(pyramid, "blocks.0.norm1.weight"), {}, r"^checkpoint: blocks.0.norm1.weight is missing"),
         (without(state, "cls_token"), HEADS, r"^checkpoint: none of the keys cls_token, "),
         (state, {}, r"^checkpoint: no published encoder has the width 48"),
+        (encoder_of(state), HEADS, r"^checkpoint: an encoder alone \(as for fine-tuning\)"),
+        (encoder_of(pyramid), HEADS, r"^checkpoint: an encoder alone \(as for fine-tuning\)"),
+        (state, {**HEADS, "secondary_ratio": 0.99}, r"^checkpoint: secondary_ratio: a mask ratio of 0.99 leaves none"),
+        (state, {**HEADS, "stage_depths": (1, 1, 1, 1)}, r"^checkpoint: stage_depths is an option of pvt and swin"),
         (state, {**HEADS, "backbone": "swin"}, r"^checkpoint: its keys are those of vit, not of swin$"),
         (without(state, "norm.bias"), HEADS, r"1 missing: norm.bias$"),
         ({**state, "head.weight": torch.zeros(1)}, HEADS, r"1 unexpected: head.weight$"),

@@ -7,8 +7,9 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from pydantic import ValidationError
+from torch import nn
 
-from baselines._unet import UNetFlavour, UNetOptions, build_unet
+from baselines._unet import UNetFlavour, UNetOptions, _ResidualBlock, build_unet
 from lmd_bench.errors import ConfigError
 
 TINY: dict[str, Any] = {
@@ -94,15 +95,34 @@ def test_the_openai_flavour_starts_as_nothing_but_shortcuts() -> None:
     assert build_unet(UNetOptions(**TINY), image_size=16)(x, timesteps, return_dict=False)[0].std() > 1e-3
 
 
-def test_feature_maps_lie_channels_last_and_stay_so_in_a_copy() -> None:
-    unet = copy.deepcopy(build_unet(UNetOptions(**TINY), image_size=16))
+@pytest.mark.parametrize("batch_size", [2, 64])
+def test_feature_maps_lie_channels_last_and_stay_so_in_a_copy(batch_size: int) -> None:
+    unet = copy.deepcopy(build_unet(UNetOptions(**TINY), image_size=32))
     layouts = []
     for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
         block.register_forward_hook(
             lambda _, __, out: layouts.append((out[0] if isinstance(out, tuple) else out).stride(1))
         )
-    unet(torch.randn(2, 3, 16, 16), torch.tensor([3, 500]))
-    assert layouts == [1] * 5
+    for name, layer in unet.named_modules():
+        if isinstance(layer, nn.Conv2d) and name != "conv_in":
+            layer.register_forward_pre_hook(lambda _, args: layouts.append(args[0].stride(1)))
+    with torch.no_grad():
+        unet(torch.randn(batch_size, 3, 32, 32), torch.randint(1000, (batch_size,)))
+    assert len(layouts) > 5
+    assert set(layouts) == {1}
+
+
+def test_small_feature_maps_and_their_weights_lie_channels_first() -> None:
+    unet = build_unet(UNetOptions(**TINY), image_size=16)  # sides 16 and 8
+    layouts: dict[int, set[int]] = {16: set(), 8: set()}
+    for layer in (module for module in unet.modules() if isinstance(module, _ResidualBlock)):
+        layer.conv1.register_forward_pre_hook(lambda _, args: layouts[args[0].shape[-1]].add(args[0].stride(1)))
+    with torch.no_grad():
+        unet(torch.randn(2, 3, 16, 16), torch.randint(1000, (2,)))
+    assert layouts == {16: {1}, 8: {64}}
+    small = [unet.down_blocks[-1], unet.mid_block, unet.up_blocks[0]]
+    assert all(resnet.conv1.weight.is_contiguous() for block in small for resnet in block.resnets)
+    assert not unet.down_blocks[0].resnets[0].conv1.weight.is_contiguous()
 
 
 def test_dropout_acts_in_training_alone() -> None:
@@ -131,6 +151,7 @@ def test_group_norms_keep_their_statistics_in_float32_under_autocast() -> None:
         ({"num_heads": 2, "attention_head_dim": 16}, "give attention_head_dim or num_heads, not both"),
         ({"attention_levels": (2,)}, r"attention_levels must be in 0..1, got \[2\]"),
         ({"dropout": 1.0}, "dropout"),
+        ({"block_out_channels": (-16, 32)}, r"block_out_channels\.0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(options: dict[str, Any], message: str) -> None:

@@ -52,11 +52,15 @@ def test_safetensors_and_the_old_format_of_torch_are_read(tmp_path: Path) -> Non
     assert same(read_checkpoint(tmp_path / "old.pth").tensors, WEIGHTS)
 
 
-def test_the_moving_average_of_a_list_is_taken_when_asked_for(tmp_path: Path) -> None:
+def test_the_moving_average_of_a_list_is_taken_when_asked_for_and_else_named(tmp_path: Path) -> None:
     torch.save(STATES, tmp_path / "x.pth")
-    assert same(read_checkpoint(tmp_path / "x.pth", ema=True).tensors, AVERAGE)
+    taken = read_checkpoint(tmp_path / "x.pth", ema=True)
+    assert same(taken.tensors, AVERAGE)
+    assert taken.beside is None
+    assert read_checkpoint(tmp_path / "x.pth").beside == "moving average, fifth entry of the list (--ema takes it)"
     for without in (STATES[:4], WEIGHTS, {"model": WEIGHTS}):
         torch.save(without, tmp_path / "x.pth")
+        assert read_checkpoint(tmp_path / "x.pth").beside is None
         with pytest.raises(WeightsError, match=r"x\.pth: no moving average \(--ema\)"):
             read_checkpoint(tmp_path / "x.pth", ema=True)
 
@@ -80,7 +84,8 @@ class Node(dict[str, int]):
 def test_pickled_objects_are_refused_unrun_with_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for stranger, name in ((Harmful(), r"\S*print"), (Node(), r"\S*test_files\.Node")):
         torch.save({"model": WEIGHTS, "config": stranger}, tmp_path / "x.pth")
-        with pytest.raises(WeightsError, match=rf"holds pickled objects \({name}\) .*save_file\(tensors") as caught:
+        message = rf"holds pickled objects \({name}\) .*README.*save_file\(tensors"
+        with pytest.raises(WeightsError, match=message) as caught:
             read_checkpoint(tmp_path / "x.pth")
         assert "\n" not in str(caught.value)
         assert "weights_only" not in str(caught.value)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lmd_bench.checkpoints.official import OfficialMethod, OfficialRequest, open_official_method, sizes_text
 from lmd_bench.errors import BenchError, ConfigError, WeightsError
+from lmd_bench.method import DataSpec
 from lmd_bench.registry import installed_methods, load_method
 
 HEADS = ("encoder_heads=2", "decoder_heads=3")
@@ -68,13 +69,29 @@ OTHER_METHODS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def saved(officials: dict[str, dict[str, Tensor]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a file of every tiny model's weights."""
+    folder = tmp_path_factory.mktemp("officials")
+    for name, tensors in officials.items():
+        torch.save({"model": {key: value.clone() for key, value in tensors.items()}}, folder / f"{name}.pth")
+    return folder
+
+
 @pytest.mark.parametrize(("given", "taken_for"), OTHER_METHODS)
-def test_a_checkpoint_of_another_method_is_refused_in_one_line(
-    given: str, taken_for: str, officials: dict[str, dict[str, Tensor]]
+def test_a_checkpoint_of_another_method_is_refused_in_one_line_that_names_a_key(
+    given: str, taken_for: str, officials: dict[str, dict[str, Tensor]], saved: Path
 ) -> None:
+    case = CASES[taken_for]
+    request = OfficialRequest(saved / f"{given}.pth", case.method, case.settings, case.projector)
     with pytest.raises(WeightsError) as caught:
-        load_method(CASES[taken_for].method, {}).from_official(officials[given])
-    assert "\n" not in str(caught.value)
+        open_official_method(request)
+    message = str(caught.value)
+    assert message.startswith(f"{saved / given}.pth: ")
+    assert "\n" not in message
+    one, other = officials[given], officials[taken_for]
+    differing = one.keys() ^ other.keys() or {key for key in one if one[key].shape != other[key].shape}
+    assert any(key.removeprefix("model.diffusion_model.") in message for key in differing), message
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -108,6 +125,20 @@ def test_heads_are_those_of_the_published_model_of_the_width_unless_they_are_giv
     assert "width 192, 1 blocks and 12 heads" in sizes_text(open_mae(path, PLAIN, "encoder_heads=12").method)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_every_method_says_its_sizes_in_words(name: str) -> None:
+    method = CASES[name].build()
+    text = sizes_text(method)
+    assert "heads" in text
+    assert "\n" not in text
+    if name in ("ddpm", "ddim", "iddpm", "ldm"):
+        heads = 4 if name in ("iddpm", "ldm") else 1
+        assert text == (
+            "U-Net of channels [16, 32], 1 blocks a level, attention on levels [1] and in the middle with "
+            f"{[heads, heads]} heads"
+        )
+
+
 def test_a_width_of_no_published_model_needs_its_heads(officials: dict[str, dict[str, Tensor]], tmp_path: Path) -> None:
     path = save(officials["mae"], tmp_path)
     with pytest.raises(WeightsError, match=r"x\.pth: .*no published encoder has the width 32.*--set encoder_heads=N"):
@@ -118,7 +149,7 @@ def test_whether_targets_were_normalised_is_read_where_it_stands_and_asked_for_w
     officials: dict[str, dict[str, Tensor]], tmp_path: Path
 ) -> None:
     with pytest.raises(
-        ConfigError, match=r"does not say whether its targets were normalised .*: say --set normalize_t"
+        ConfigError, match=r"normalised .*pass --norm_pix_loss; MAE's mae_visualize.*: say --set normalize_t"
     ):
         open_mae(save(officials["mae"], tmp_path), *HEADS)
     for stored in (False, True):
@@ -171,6 +202,43 @@ def test_settings_that_do_not_fit_are_refused_in_one_line(
         open_mae(path, *HEADS, PLAIN, setting)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("backbone={kind: vit}", "backbone.depth=2"), "--set backbone and --set backbone.depth: give the whole"),
+        (("backbone.depth=2", "backbone=vit"), "--set backbone and --set backbone.depth: give the whole or its parts"),
+    ],
+)
+def test_a_whole_and_a_part_of_it_are_refused_together(
+    settings: tuple[str, ...], message: str, officials: dict[str, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        open_official_method(OfficialRequest(tmp_path / "absent.pth", "simmim", settings))
+
+
+@pytest.mark.parametrize("setting", ["projector={kind: pixels}", "projector.path=x", "projector.kind=kl", "ema=false"])
+def test_an_option_of_its_own_is_not_said_again_as_a_setting(setting: str, tmp_path: Path) -> None:
+    request = OfficialRequest(tmp_path / "absent.pth", "ldm", (setting,), PROJECTOR, ema=True)
+    word = "--ema" if setting.startswith("ema") else "--projector"
+    with pytest.raises(ConfigError, match=f"{word} and --set {setting.partition('=')[0]}: give one of them"):
+        open_official_method(request)
+
+
+@pytest.mark.parametrize(("size", "bound"), [(4, "greater than or equal to 8"), (8192, "less than or equal to 4096")])
+def test_image_sizes_have_bounds(size: int, bound: str, tmp_path: Path) -> None:
+    for method in ("mae", "ddim", "ldm"):
+        with pytest.raises(ConfigError, match=f"--set image_size: Input should be {bound}"):
+            open_official_method(OfficialRequest(tmp_path / "absent.pth", method, (f"image_size={size}",)))
+
+
+def test_weights_for_images_too_small_to_use_are_refused(tmp_path: Path) -> None:
+    case = CASES["mae"]
+    method_class = load_method("mae", {})
+    method = method_class(method_class.Config.model_validate({**case.options, "patch_size": 2}), DataSpec(4))
+    with pytest.raises(WeightsError, match=r"x\.pth: weights for images of 4 px: .*greater than or equal to 8"):
+        open_mae(save(method.to_official(), tmp_path), *HEADS, PLAIN)
 
 
 def test_a_part_of_nested_options_leaves_the_rest_to_the_weights(

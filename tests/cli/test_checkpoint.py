@@ -63,9 +63,13 @@ def test_an_imported_generator_samples_and_what_was_left_out_is_named(tmp_path: 
     weights = case.build().to_official()
     torch.save([weights, {}, 1, 2, randomized(weights)], path)
     words = [word for setting in (*case.settings, "num_inference_steps=2") for word in ("--set", setting)]
+    done = lmd_bench("checkpoint", "import", "ddim", path, "--out", tmp_path / "plain", *words)
+    assert "from the first entry of the list" in done.out
+    assert "left out beside them: moving average, fifth entry of the list (--ema takes it)" in done.out
     done = lmd_bench("checkpoint", "import", "ddim", path, "--out", tmp_path / "cell", "--ema", *words)
     assert done.code == 0, done.err
     assert "from the moving average, fifth entry of the list" in done.out
+    assert "left out" not in done.out
     done = lmd_bench("sample", "--checkpoint", tmp_path / "cell", "--images", 1, "--device", "cpu")
     assert done.code == 0, done.err
     assert (tmp_path / "cell" / "samples" / "sample-0.png").is_file()
@@ -89,6 +93,11 @@ def test_an_import_that_cannot_reconstruct_says_so(official: tuple[Path, dict[st
         (("import", "mae", "absent.pth", "--out", "cell"), "absent.pth: no such file"),
         (("import", "mae", "page.pth", "--out", "cell"), "page.pth: is a web page or XML, not weights"),
         (("import", "mae", "page.pth", "--out", "cell", "--set", "heads=2"), "MAE has no option 'heads'"),
+        (
+            ("import", "simmim", "page.pth", "--out", "c", "--set", "backbone.depth=2", "--set", "backbone={}"),
+            "--set backbone and --set backbone.depth: give the whole or its parts, not both",
+        ),
+        (("import", "ddim", "page.pth", "--out", "c", "--set", "image_size=0"), "image_size: Input should be greater"),
         (("import", "mae", "page.pth", "--out", "page.pth"), "--out page.pth: is a file; name a folder"),
         (("export", "cell", "--out", "x.safetensors"), "cell: no such file"),
         (("export", "page.pth", "--out", "x.safetensors"), "page.pth: cannot be read as safetensors"),

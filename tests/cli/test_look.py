@@ -15,6 +15,16 @@ def test_list_names_suites_methods_datasets_and_metrics() -> None:
         assert word in done.out
 
 
+def test_list_has_one_column_as_wide_as_the_longest_name_and_knows_lsun() -> None:
+    lines = lmd_bench("list").out.splitlines()
+    texts = {"lsun-bedrooms": "LSUN", "demo": "Demo: ", "mae": "baselines.mae", "folder": "your own", "MIT": "mean"}
+    starts = set()
+    for name, text in texts.items():
+        starts.add(next(line for line in lines if line.startswith(f"  {name} ")).index(text))
+    assert starts == {len("  lsun-bedrooms ")}
+    assert "LSUN's LMDB folders" in next(line for line in lines if line.startswith("  folder "))
+
+
 @pytest.mark.parametrize("words", [["--help"], ["list"]])
 def test_help_and_list_never_import_torch(words: list[str]) -> None:
     done = run_without_torch(f"sys.argv = ['lmd-bench', *{words!r}]; from lmd_bench.cli import main; main()")
@@ -29,6 +39,10 @@ def test_show_resolves_a_suite_and_a_method() -> None:
     method = lmd_bench("show", "lmd")
     assert "mask_schedule" in method.out
     assert "projector.path" in method.out
+    nested = lmd_bench("show", "simmim").out
+    assert "backbone: kind swin or kind vit = kind swin" in nested
+    assert "backbone.window_size (kind swin): int = 6" in nested
+    assert "backbone.layer_scale (kind vit): float = 0.1" in nested
     unknown = lmd_bench("show", "lmdd")
     assert unknown.code == 2
     assert "did you mean 'lmd'" in unknown.err

@@ -6,14 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.commands import own_process
 
 
 @pytest.mark.slow
 def test_profile_times_every_row_beside_the_calibrator(suite_file: Path, tmp_path: Path) -> None:
     done = own_process(
-        "profile", "--suite", suite_file, "--methods", "lmd-cs,mae", "--rounds", 2, "--steps", 2, "--untimed", 1,
-        "--out", tmp_path, "--device", "cpu",
+        "profile", "--suite", suite_file, "--methods", "lmd-cs,mae", "--rounds", 2, "--steps", 1, "--untimed", 0,
+        "--out", tmp_path, "--device", "cpu", "--set", "log_every_steps=50", threads=torch.get_num_threads(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "calibrator" in done.stdout

@@ -15,6 +15,8 @@ from PIL import Image
 
 from lmd_bench.config import AugmentationConfig, DataConfig
 from lmd_bench.data.folders import FolderIndex, scan_folder
+from lmd_bench.data.image_files import ImageFiles
+from lmd_bench.data.lsun import ImageRecords, find_records
 from lmd_bench.data.source import open_source
 from lmd_bench.errors import DataError
 
@@ -114,6 +116,34 @@ def test_the_content_digest_sees_what_records_hold(tmp_path: Path) -> None:
     after = scan(tmp_path)
     assert before.digest == after.digest
     assert before.content_digest != after.content_digest
+
+
+def test_a_large_record_is_digested_by_pieces_as_a_file_of_the_same_bytes(tmp_path: Path) -> None:
+    value = np.random.default_rng(0).bytes(40_000)
+    write(tmp_path / "bedroom_train_lmdb", [value])
+    (tmp_path / "a.jpg").write_bytes(value)
+    size, found = ImageRecords(tmp_path).excerpt(f"bedroom_train_lmdb/{0:040x}")
+    assert (size, found) == (40_000, value[:4096] + value[20_000:24_096] + value[-4096:])
+    assert (size, found) == ImageFiles(tmp_path).excerpt("a.jpg")
+
+
+def test_no_whole_record_is_read_for_the_content_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = scan(bedrooms(tmp_path))
+    monkeypatch.delattr(ImageRecords, "open")
+    monkeypatch.delattr(ImageFiles, "open")
+    assert len(index.content_digest) == 16
+
+
+def test_files_beside_one_another_are_not_looked_into_for_databases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(5):
+        (tmp_path / f"{number}.jpg").touch()
+    (tmp_path / "cats").mkdir()
+    asked: list[Path] = []
+    monkeypatch.setattr("lmd_bench.data.lsun.os.path.isfile", lambda path: bool(asked.append(Path(path))))
+    assert find_records(tmp_path, "here") is None
+    assert asked == [tmp_path / "data.mdb", tmp_path / "cats" / "data.mdb"]
 
 
 def test_records_can_be_sent_to_workers_that_are_started_anew(tmp_path: Path) -> None:

@@ -231,7 +231,7 @@ def convolution(channels: int, width: int, kernel: int = 3, stride: int = 1) -> 
     return nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU())
 
 
-def small_cnn(width: int = 24) -> nn.Sequential:
+def small_cnn(width: int = 16) -> nn.Sequential:
     return nn.Sequential(
         convolution(3, width, 5, 2), convolution(width, width), nn.MaxPool2d(2),
         convolution(width, 2 * width), convolution(2 * width, 2 * width), nn.MaxPool2d(2),
@@ -248,14 +248,14 @@ def augment(images: Tensor) -> Tensor:
 
 
 @pytest.mark.slow
-def test_a_small_cnn_learns_the_classes_from_8000_images_in_120_seconds_of_two_cores() -> None:
-    scenes, count, epochs, batch = Scenes(0, 64), 8000, 8, 64
+def test_a_small_cnn_learns_the_classes_from_6000_images_in_60_seconds_of_two_cores() -> None:
+    scenes, count, epochs, batch = Scenes(0, 64), 6000, 6, 64
     images, labels = scenes.render(range(count)), scenes.labels(range(count))
     torch.manual_seed(0)
     net = small_cnn()
     assert sum(parameter.numel() for parameter in net.parameters()) <= 300_000
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=epochs * (count // batch))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=epochs * math.ceil(count / batch))
     start = time.process_time()
     for _ in range(epochs):
         for rows in torch.randperm(count).split(batch):
@@ -264,7 +264,7 @@ def test_a_small_cnn_learns_the_classes_from_8000_images_in_120_seconds_of_two_c
             loss.backward()
             optimizer.step()
             schedule.step()
-    assert time.process_time() - start < 2 * 120  # CPU seconds of two cores
+    assert time.process_time() - start < 2 * 60  # CPU seconds of two cores
     indices = torch.arange(1000) + HELD_OUT
     net.eval()
     with torch.no_grad():

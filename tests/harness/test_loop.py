@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Generator
 from typing import Any
 
@@ -19,6 +20,7 @@ from lmd_bench.harness.timer import CpuClock
 from lmd_bench.method import Batch, DataSpec
 from lmd_bench.records import STEP_COLUMNS
 from lmd_bench.seeding import derive_seed
+from lmd_bench.suite_files import load_suite
 
 CPU = torch.device("cpu")
 
@@ -243,7 +245,7 @@ def test_a_compiled_run_learns_the_same_and_compiles_every_shape_before_the_cloc
     assert 1 <= compiled.compiled_graphs <= 2
     assert compiled.compiled_graphs == count_compiled_graphs()
     assert compiled.compile_s is not None
-    assert compiled.compile_s > 100 * max(step.period_ms for step in compiled.times) / 1e3
+    assert compiled.compile_s > 10 * statistics.median(step.period_ms for step in compiled.times) / 1e3
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
@@ -260,16 +262,39 @@ def test_an_optimizers_own_kernels_do_not_pass_for_a_compiled_method() -> None:
     assert count_compiled_graphs() == 1  # the optimizer's, made once
 
 
+TINY_UNET = {"block_out_channels": [16, 32], "attention_levels": [1], "layers_per_block": 1, "norm_num_groups": 8}
+TINY_PYRAMID = {
+    "patch_size": 8,
+    "stage_widths": [16, 24, 32, 48],
+    "stage_depths": [1, 1, 2, 1],
+    "stage_heads": [1, 2, 2, 3],
+    "stage_mlp_ratios": [2, 2, 2, 2],
+    "decoder_width": 32,
+    "decoder_depth": 1,
+    "decoder_heads": 2,
+}
+BESIDE_THE_DEMO: dict[str, tuple[str, dict[str, Any]]] = {
+    "um-mae-pvt": ("um-mae", {"backbone": "pvt", **TINY_PYRAMID}),
+    "um-mae-swin": ("um-mae", {"backbone": "swin", **TINY_PYRAMID}),
+    "simmim-vit": (
+        "simmim",
+        {"backbone": {"kind": "vit", "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4}, "mask_unit_px": 16},
+    ),
+    "iddpm-importance": ("iddpm", {**TINY_UNET, "loss": "vlb", "timestep_sampler": "loss-second-moment"}),
+    "iddpm-rescaled": ("iddpm", {**TINY_UNET, "rescale_timesteps": True, "use_scale_shift_norm": True}),
+}
+"""What the demo has no row of: name -> (method, options)."""
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("row", ["lmd-cs", "lmd-cs-adan", "mae", "ddpm"])
+@pytest.mark.parametrize("row", [*load_suite("demo").methods, *BESIDE_THE_DEMO])
 def test_the_timed_loop_never_makes_the_host_wait(row: str, precision: str) -> None:
-    """Every row of the demo trains with synchronisation forbidden, but for the pauses, which are off the clock."""
+    """Every method trains with synchronisation forbidden, but for the pauses, which are off the clock."""
     from lmd_bench.harness.noise import NoiseSource
     from lmd_bench.harness.timer import CudaClock
     from lmd_bench.registry import load_method
-    from lmd_bench.suite_files import load_suite
 
     class Clock(CudaClock):
         def drain(self) -> None:
@@ -282,11 +307,15 @@ def test_the_timed_loop_never_makes_the_host_wait(row: str, precision: str) -> N
 
     device = torch.device("cuda:0")
     suite = load_suite("demo")
-    settings = suite.methods[row]
-    method_class = load_method(settings.method, {})
-    method = method_class(method_class.Config.model_validate(settings.options), DataSpec(64, 10)).to(device).train()
+    if row in BESIDE_THE_DEMO:
+        (name, values), recipe_name = BESIDE_THE_DEMO[row], "equal"
+    else:
+        settings = suite.methods[row]
+        name, values, recipe_name = settings.method, settings.options, settings.recipe
+    method_class = load_method(name, {})
+    method = method_class(method_class.Config.model_validate(values), DataSpec(64, 10)).to(device).train()
     options = TrainOptions(
-        recipe=suite.recipes[settings.recipe],
+        recipe=suite.recipes[recipe_name],
         steps=20,
         lr_warmup_steps=2,
         untimed_steps=0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from helpers.official import CASES
 
 from lmd_bench.errors import ConfigError
 from lmd_bench.harness.plan import Cell, Plan
@@ -44,6 +45,21 @@ def test_a_finished_cell_is_another_experiment_once_its_projectors_weights_have_
     )
     with pytest.raises(ConfigError, match=words):
         plan_plain(weights, out)
+
+
+def test_a_method_that_cannot_be_compiled_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    values = suite_values(tmp_path)
+    values["methods"] = {
+        "green": {"method": "greenmim", "label": "GreenMIM", "recipe": "flips", "options": CASES["greenmim"].options}
+    }
+    values["data"]["image_size"] = 64
+    assert len(planned(values, tmp_path / "out").cells) == 1
+    with pytest.raises(
+        ConfigError,
+        match=r"^--compile: row green cannot be compiled: each mask packs visible tokens into groups of other numbers "
+        r"and sizes; leave out --compile or the row$",
+    ):
+        planned({**values, "compile": True}, tmp_path / "out")
 
 
 def test_the_inputs_of_a_row_are_its_projectors_weights_and_pixels_have_none() -> None:

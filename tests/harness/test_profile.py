@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.methods import Tiny, TinyConfig
 
+from baselines.ldm import LDM
 from lmd_bench.harness.instrument import measure_instrument
 from lmd_bench.harness.noise import NoiseSource
 from lmd_bench.harness.profile import (
@@ -83,6 +84,17 @@ def test_a_row_is_timed_with_marks_on_and_off_in_turn(number: int) -> None:
         assert sum(measured.phases_ms[name][step] for name in PHASES) == pytest.approx(period)
     assert measured.unmarked_period_ms is not None
     assert measured.unmarked_period_ms > 0
+
+
+def test_a_frozen_projectors_parameters_are_counted_apart() -> None:
+    suite = load_suite("demo")
+    changes = {"method": "ldm", "row": "ldm", "options": suite.methods["ldm"].options, "image_size": 64}
+    config = calibrator_config(suite, "cpu").model_copy(update=changes)
+    _, row = time_row(config, options(steps=1, untimed_steps=0, batch_size=1), {}, 0, describe=True)
+    assert row is not None
+    method = LDM(LDM.Config.model_validate(suite.methods["ldm"].options), DataSpec(64))
+    assert row.parameters == sum(parameter.numel() for parameter in method.unet.parameters())
+    assert row.projector_parameters == sum(parameter.numel() for parameter in method.projector.parameters()) > 0
 
 
 def test_the_instruments_cost_is_measured_without_training() -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lmd_bench.config import RunConfig
+from lmd_bench.config import ImportedConfig, RunConfig
 from lmd_bench.errors import WeightsError
 from lmd_bench.harness.weights import WEIGHTS_FILE, expected_bytes, load_method_weights, save_weights
 from lmd_bench.method import DataSpec, Method
@@ -170,3 +170,36 @@ def test_nothing_half_written_is_left_where_the_disk_refuses(tmp_path: Path, mon
     with pytest.raises(OSError, match="no space left"):
         save_weights(build("mae"), tmp_path / WEIGHTS_FILE, config_for("mae", PIXELS))
     assert list(tmp_path.iterdir()) == []
+
+
+def imported(name: str, file: Path) -> ImportedConfig:
+    """Save a method's weights as if they had been imported."""
+    config = ImportedConfig(
+        method=name, options=CASES[name], image_size=32, source="official.pth", source_sha256="0" * 64, place="whole"
+    )
+    save_weights(build(name), file, config)
+    return config
+
+
+def test_the_remedy_for_imported_weights_is_to_import_them_again(tmp_path: Path) -> None:
+    file = tmp_path / WEIGHTS_FILE
+    config = imported("lmd", file)
+    values = config.model_dump(mode="json")
+    again = r"import official\.pth again \(`lmd-bench checkpoint import`\)"
+    rewritten(file, projector_digest="0123456789abcdef")
+    with pytest.raises(WeightsError, match=rf"imported for latents of projector .* old one back, or {again}$"):
+        load_method_weights(file)
+    rewritten(file, config=json.dumps({**values, "options": {**LATENT, "old_option": 1}}))
+    with pytest.raises(WeightsError, match=rf"options of another version of lmd: old_option: .*; {again}$"):
+        load_method_weights(file)
+    for wrong in ({"surplus": 1}, {"image_size": 0}):
+        rewritten(file, config=json.dumps({**values, **wrong}))
+        with pytest.raises(WeightsError, match=r"made by another version .*; import the checkpoint again \(`lmd-bench"):
+            load_method_weights(file)
+
+
+def test_the_remedy_for_weights_of_a_run_is_to_run_it_again(lmd_file: Path) -> None:
+    for changes in ({"projector_digest": "0123456789abcdef"}, {"config": "{}"}):
+        rewritten(lmd_file, **changes)
+        with pytest.raises(WeightsError, match=r"run the cell again$"):
+            load_method_weights(lmd_file)

@@ -36,11 +36,10 @@ def lmd_bench(*words: object) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
-def own_process(*words: object) -> subprocess.CompletedProcess[str]:
-    """Runs one command in a process of its own, on one thread, so that its numbers can be compared bit by bit."""
-    return subprocess.run(
-        own_process_words(*words), capture_output=True, text=True, check=False, env=own_process_environment()
-    )
+def own_process(*words: object, threads: int = 1) -> subprocess.CompletedProcess[str]:
+    """Runs one command in a process of its own; on one thread, its numbers can be compared bit by bit."""
+    environment = {**own_process_environment(), "OMP_NUM_THREADS": str(threads)}
+    return subprocess.run(own_process_words(*words), capture_output=True, text=True, check=False, env=environment)
 
 
 def own_process_words(*words: object) -> list[str]:

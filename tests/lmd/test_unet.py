@@ -109,6 +109,7 @@ def test_a_map_that_cannot_be_halved_often_enough_is_refused() -> None:
     ("options", "words"),
     [
         ({"attention_levels": (2,)}, "attention_levels must be in 0..1"),
+        ({"block_out_channels": (0, 32)}, r"block_out_channels\.0"),
         ({"block_out_channels": (12, 32)}, "block_out_channels.0: 12 is not divisible by norm_num_groups"),
         ({"attention_head_dim": 5}, "block_out_channels.1: 32 is not divisible by attention_head_dim"),
     ],

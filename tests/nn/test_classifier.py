@@ -1,6 +1,8 @@
 """Trained encoders as classifiers."""
 
+import pytest
 import torch
+from helpers.official import CASES
 
 from baselines.mae import MAE, MAEConfig
 from lmd_bench.lmd.method import LMD, LMDConfig
@@ -8,6 +10,7 @@ from lmd_bench.method import DataSpec, Method
 from lmd_bench.nn.patches import patchify
 from lmd_bench.projector.config import ProjectorConfig
 
+ENCODERS = ("lmd", "mae", "simmim", "greenmim", "um-mae")
 TINY = {
     "encoder_width": 48,
     "encoder_depth": 2,
@@ -59,4 +62,17 @@ def test_an_lmd_classifier_reads_latents_of_its_frozen_projector() -> None:
     classifier = method.classifier(6)
     assert classifier(torch.rand(2, 3, 64, 64)).shape == (2, 6)
     frozen = {id(parameter) for parameter in method.projector.parameters()}
-    assert not any(id(parameter) in frozen for parameter in classifier.parameters())
+    trained = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
+    assert not any(id(parameter) in frozen for parameter in trained)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.method in ENCODERS])
+def test_a_classifier_moves_as_a_whole_and_is_made_where_the_encoder_is(name: str) -> None:
+    case = CASES[name]
+    images = torch.empty(2, 3, case.image_size, case.image_size, device="meta")
+    moved = case.build().classifier(5).to("meta")
+    made = case.build().to("meta").classifier(5)
+    for classifier in (moved, made):
+        assert classifier(images).shape == (2, 5)
+        held = [*classifier.parameters(), *classifier.buffers()]
+        assert {tensor.device.type for tensor in held} == {"meta"}

@@ -1,5 +1,6 @@
 """The U-Nets of the DDIM repository (github.com/ermongroup/ddim) on formula weights; DDPM's is the same."""
 
+import math
 from typing import Any
 
 import pytest
@@ -39,7 +40,7 @@ def assert_output_matches(model: DDIM | DDPM, reference: dict[str, Any]) -> None
     assert_matches(output, reference["output"])
 
 
-def loss_parts(model: DDIM, reference: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def loss_parts(model: DDIM | DDPM, reference: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The batch's loss, and the summed squared error of every sample."""
     shape = reference["output"]["shape"]
     clean, noise = (reference_input(*shape) / 1.5).clamp(-1, 1), reference_draw(*shape)
@@ -89,7 +90,23 @@ def test_the_bedroom_models_loss_equals_the_authors(bedroom: DDIM) -> None:
     assert_loss_matches(bedroom, load_reference(f"{BEDROOM}.strong.reference"))
 
 
+def assert_ddpms_loss_matches(model: DDPM, reference: dict[str, Any]) -> None:
+    """DDPM averages over an image where the repository sums."""
+    loss, per_sample = loss_parts(model, reference)
+    values = math.prod(reference["output"]["shape"][1:])
+    assert loss.item() * values == pytest.approx(reference["loss"], rel=1e-5)
+    assert per_sample.tolist() == pytest.approx(reference["loss_per_sample_SUM_over_pixels"], rel=1e-5)
+
+
 def test_ddpm_takes_the_same_checkpoint_and_predicts_the_same(cifar: DDIM) -> None:
     method = DDPM.from_official(cifar.to_official()).eval()
     assert_layout_matches(method, load_reference(f"{CIFAR}.manifest"))
     assert_output_matches(method, load_reference(f"{CIFAR}.strong.reference"))
+    assert_ddpms_loss_matches(method, load_reference(f"{CIFAR}.strong.reference"))
+
+
+@pytest.mark.slow
+def test_ddpms_loss_on_the_bedroom_model_is_the_authors_over_the_values_of_an_image(bedroom: DDIM) -> None:
+    method = DDPM.from_official(bedroom.to_official()).eval()
+    assert method.config == DDPM.Config()
+    assert_ddpms_loss_matches(method, load_reference(f"{BEDROOM}.strong.reference"))

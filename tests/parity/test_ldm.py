@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from parity.fill import assert_matches, filled_state_dict, load_reference, reference_input
 from torch import Tensor
 
 from baselines._gaussian import DDIMSampler
 from baselines.ldm import LDM, LDMConfig
 from lmd_bench.method import DataSpec
+from tests.parity.fill import assert_matches, filled_state_dict, load_reference, reference_draw, reference_input
 
 NAME = "ldm_unet_lsun_bedrooms_vq4"
+MANIFEST = load_reference(f"{NAME}.manifest")
 SCHEDULES = load_reference("ldm_schedules.reference")
-
-
-def reference_diffusion_noise(*shape: int) -> Tensor:
-    """sqrt(2) cos(0.017 i + 0.3) in C order, float32 (`loss_inputs` of the reference)."""
-    i = np.arange(math.prod(shape), dtype=np.float64)
-    return torch.from_numpy((math.sqrt(2) * np.cos(0.017 * i + 0.3)).astype(np.float32).reshape(shape))
 
 
 @pytest.fixture(scope="module")
 def official() -> dict[str, Tensor]:
-    weights = filled_state_dict(load_reference(f"{NAME}.manifest"))
+    weights = filled_state_dict(MANIFEST)
     return {f"model.diffusion_model.{name}": tensor for name, tensor in weights.items()}
 
 
@@ -41,7 +34,7 @@ def test_the_unet_of_lsun_bedrooms_equals_the_authors(method: LDM) -> None:
     expected = load_reference(f"{NAME}.strong.reference")
     timesteps = torch.tensor(expected["timesteps"])
     latents = reference_input(2, 3, 64, 64)
-    noise = reference_diffusion_noise(2, 3, 64, 64)
+    noise = reference_draw(2, 3, 64, 64)
     with torch.no_grad():
         assert_matches(method.predict(latents, timesteps), expected["output"])
         x_t = method.diffusion.q_sample(latents, noise, timesteps)
@@ -56,7 +49,10 @@ def test_the_unet_of_lsun_bedrooms_equals_the_authors(method: LDM) -> None:
 def test_the_published_model_has_its_size_and_its_checkpoint_comes_back_bit_for_bit(
     method: LDM, official: dict[str, Tensor]
 ) -> None:
-    assert sum(parameter.numel() for parameter in method.unet.parameters()) == 274_056_163
+    assert sum(p.numel() for p in method.unet.parameters()) == MANIFEST["params_total"] == 274_056_163
+    config = method.config
+    assert (config.block_out_channels, config.attention_levels) == ((224, 448, 672, 896), (1, 2, 3))
+    assert (config.layers_per_block, config.num_train_timesteps, method.latent_shape) == (2, 1000, (3, 64, 64))
     returned = method.to_official()
     assert list(returned) == list(official)
     assert all(torch.equal(returned[name], tensor) for name, tensor in official.items())

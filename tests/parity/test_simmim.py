@@ -79,7 +79,7 @@ def test_masks_equal_the_authors(run: Run) -> None:
     assert hidden.sum(dim=1).tolist() == wanted["sum_per_sample"]
     assert hidden.numel() == 2 * wanted["shape"][1] * wanted["shape"][2]
     units = hidden.view(2, wanted["rand_size"], wanted["scale"], wanted["rand_size"], wanted["scale"])
-    assert torch.equal(units[:, :, 0, :, -1].flatten(1), masks.hidden_units(run.ids))
+    assert torch.equal(units[:, :, 0, :, -1].flatten(1), masks.unit_mask(run.ids))
 
 
 def test_features_and_prediction_equal_the_authors(run: Run) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from baselines._um_mae_grid import quadtree_order, raster_ranks
-from baselines._um_mae_pyramid import PyramidAutoencoder, PyramidShape
+from baselines._um_mae_pyramid import PyramidAutoencoder
+from baselines._um_mae_shape import PyramidShape
 from baselines._uniform_sampling import visible_first, visible_from_slots
 from baselines.um_mae import UMMAE
 from tests.parity.fill import assert_matches, filled_state_dict, load_reference, reference_input, reference_noise
@@ -35,7 +36,7 @@ def official(request: pytest.FixtureRequest) -> Official:
     name = f"ummae_{request.param}_256"
     manifest = load_reference(f"{name}.manifest")
     state = filled_state_dict(manifest)
-    method = UMMAE.from_official(state, official_order=True)
+    method = UMMAE.from_official(state)
     assert isinstance(method.model, PyramidAutoencoder)
     assert method.model.shape == PyramidShape.published(request.param, official_order=True)
     return Official(method, method.model, state, manifest, load_reference(f"{name}.strong.reference"))

@@ -8,6 +8,7 @@ is compared is the reconstruction, not the indices.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -23,8 +24,8 @@ from tests.parity.fill import assert_matches, filled_tensor, load_reference, ref
 IMAGES = reference_input(2, 3, 256, 256) / 1.5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
+@contextmanager
+def one_thread() -> Iterator[None]:
     """One of VQ-f4's 8192 positions lies between two codes within rounding: the order of sums decides which is nearer.
 
     Latents differ by 3e-6 between one and two threads, and that position then takes the other code. One thread picks
@@ -32,8 +33,10 @@ def _one_thread() -> Iterator[None]:
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def filled_discriminator(num_layers: int) -> PatchDiscriminator:
@@ -90,8 +93,9 @@ class VQCase:
         self.discriminator = filled_discriminator(num_layers)
         # The adaptive weight asks for gradients there and nowhere else.
         self.last_layer: Tensor = self.model.decoder.conv_out.weight.requires_grad_()
-        self.latents: Tensor = self.model.encode(IMAGES).latents
-        self.quantised: Quantised = quantise(self.latents, self.model.quantize.embedding.weight, legacy=True)
+        with one_thread():
+            self.latents: Tensor = self.model.encode(IMAGES).latents
+            self.quantised: Quantised = quantise(self.latents, self.model.quantize.embedding.weight, legacy=True)
         self.reconstruction: Tensor = self.model.decode(self.quantised.latents, force_not_quantize=True).sample
 
 

@@ -260,6 +260,7 @@ def make_profile(suite: Suite, *, rounds: int = 6, batch_size: int = 16, **chang
             parameters=2_600_000 if row != CALIBRATOR else 86_567_656,
             flops_per_step=int(12e9) if row != "ddpm" else None,
             projector="kl scenes-kl-f8" if row.startswith("lmd") else None,
+            projector_parameters=1_400_000 if row.startswith("lmd") else 0,
         )
         for row in shapes
     }

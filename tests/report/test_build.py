@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import subprocess
@@ -19,7 +20,7 @@ from lmd_bench.metrics.intervals import Interval, over_seeds, ratio
 from lmd_bench.records import read_run, write_json
 from lmd_bench.report import Report, build_report, terminal_tables
 from lmd_bench.report.cells import Cell, Table, number
-from tests.report.conftest import MakeSuite, make_profile, write_failure, write_run
+from tests.report.conftest import SUITE, MakeSuite, make_profile, write_failure, write_run
 
 COMMAND = "lmd-bench report reports/local/demo"
 
@@ -140,9 +141,15 @@ def test_table3_takes_ddpm_as_reference_and_counts_mask_levels(report: Report) -
     assert lmd["published_mit"].lines == ("2.45", "0.450 × DDPM")
     assert lmd["published_row"].lines[0] == "LMD (2023)"
     assert lmd["published_diffusion_steps"].lines == ("29",)
-    assert lmd["mask_levels"].lines == ("9 mask levels",)
+    assert lmd["diffusion_steps"].lines == ("9 mask levels",)
+    assert lmd["diffusion_steps"].parts["mask_levels"] == 9
     assert lmd["mit_ms"].lines[2].endswith("× ddpm")
-    assert ddpm["mask_levels"].lines == ("1000",)
+    assert ddpm["diffusion_steps"].lines == ("1000 in training", "20 to reconstruct")
+    assert ddpm["diffusion_steps"].parts["diffusion_steps"] == 1000
+    assert ddpm["diffusion_steps"].parts["reverse_steps"] == 20
+    note = next(note for note in table(report, "table3").notes if note.startswith("Diffusion steps"))
+    assert "T in training, and the reverse steps" in note
+    assert "mask levels walked" in note
     assert ddpm["mit_ms"].lines[-1] == "reference"
 
 
@@ -185,6 +192,16 @@ def test_the_page_shows_every_row_and_stands_alone(report: Report, demo: tuple[S
     assert not re.search(r"https?://|@import|url\(", page)
     assert "What was measured, and what was not" in page
     assert "not distinguishable" in page
+
+
+def test_the_page_lists_the_recipes_that_rows_name_and_no_others(tmp_path: Path, make_suite: MakeSuite) -> None:
+    recipes = copy.deepcopy(SUITE["recipes"])
+    recipes["unused"] = {**recipes["equal"], "source": "a recipe of no row"}
+    suite = make_suite(recipes=recipes)
+    write_run(tmp_path, suite, "mae")
+    page = build(tmp_path, suite).page.read_text(encoding="utf-8")
+    assert "one recipe for all" in page
+    assert "a recipe of no row" not in page
 
 
 def test_text_from_records_cannot_become_markup(tmp_path: Path, suite: Suite) -> None:
@@ -305,6 +322,14 @@ def test_a_yardstick_that_was_not_read_gives_the_records_reason(tmp_path: Path, 
     assert "no target: the reference mae has no checks." in " ".join(table(report, "ttq").notes)
 
 
+def test_diffusion_steps_without_a_yardstick_give_the_records_reason(tmp_path: Path, suite: Suite) -> None:
+    write_run(tmp_path, suite, "ddpm", yardstick=None, not_measured={"yardstick": "turned off"})
+    report = build(tmp_path, suite)
+    cell = row(table(report, "table3"), "DDPM")["diffusion_steps"]
+    assert cell.lines == ("1000 in training", "reverse: not measured: turned off")
+    assert_nothing_silent(report)
+
+
 def test_invalid_timing_is_marked(tmp_path: Path, suite: Suite) -> None:
     record = write_run(tmp_path, suite, "mae")
     assert record.timing is not None
@@ -409,11 +434,12 @@ def test_a_diverged_loss_in_steps_does_not_break_the_curves(tmp_path: Path, suit
 def test_a_network_that_sees_all_tokens_still_walks_the_mask_levels_of_its_ratios(tmp_path: Path, suite: Suite) -> None:
     write_run(tmp_path, suite, "lmd-cs")
     steps = tmp_path / "demo" / "lmd-cs" / "seed-0" / "steps.csv"
-    before = row(table(build(tmp_path, suite), "table3"), "LMD-CS")["mask_levels"].lines
+    before = row(table(build(tmp_path, suite), "table3"), "LMD-CS")["diffusion_steps"].lines
     frame = pd.read_csv(steps)
     frame["tokens"] = 16
     frame.to_csv(steps, index=False)
-    assert row(table(build(tmp_path, suite), "table3"), "LMD-CS")["mask_levels"].lines == before == ("9 mask levels",)
+    again = row(table(build(tmp_path, suite), "table3"), "LMD-CS")["diffusion_steps"].lines
+    assert again == before == ("9 mask levels",)
     frame["mask_ratio"] = 0.75
     frame.to_csv(steps, index=False)
-    assert row(table(build(tmp_path, suite), "table3"), "LMD-CS")["mask_levels"].lines == ("0 mask levels",)
+    assert row(table(build(tmp_path, suite), "table3"), "LMD-CS")["diffusion_steps"].lines == ("0 mask levels",)

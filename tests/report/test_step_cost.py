@@ -100,3 +100,17 @@ def test_the_table_says_how_freed_host_memory_was_handled(suite: Suite) -> None:
     record = make_profile(suite)
     record.environment["host_memory"] = "glibc, keeping freed memory"
     assert "Freed host memory: glibc, keeping freed memory." in step_cost_table(record, 0.95).notes
+
+
+def test_the_table_says_that_a_data_workers_work_is_within_the_step(suite: Suite) -> None:
+    note = next(note for note in step_cost_table(make_profile(suite), 0.95).notes if "Method.collate" in note)
+    assert "made within the step here: in the phase data, and so in the share of the stall" in note
+
+
+def test_parameters_are_the_methods_own_and_those_of_a_frozen_projector_stand_apart(suite: Suite) -> None:
+    table = step_cost_table(make_profile(suite), 0.95)
+    with_projector, without = (cells_of(table, name)["parameters_m"] for name in ("lmd-cs", "mae"))
+    assert with_projector.lines == ("2.60", "+ 1.40 frozen projector")
+    assert dict(with_projector.parts) == {"parameters_m": 2.6, "projector_parameters_m": 1.4}
+    assert without.lines == ("2.60",)
+    assert without.parts["projector_parameters_m"] == 0

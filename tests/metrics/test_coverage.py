@@ -30,14 +30,16 @@ from lmd_bench.metrics.simulate import (
 COMMITTED = Path(__file__).parents[2] / "reports" / "coverage.csv"
 PROMISED = (0.90, 0.98)
 STUDY_RUNS = 1000
-RUNS = {150: STUDY_RUNS, 600: 415, 2400: 100}
+RUNS = {150: STUDY_RUNS, 600: 249, 2400: 60}
 """Steps of a case -> runs that are drawn again: whole stacks of the study's resamples, so that they are its first."""
 
 
 def promised(num_runs: int) -> tuple[float, float]:
     """The range of a coverage; of fewer runs than the study's, three standard errors of their share beyond it."""
     errors = 3 if num_runs < STUDY_RUNS else 0
-    low, high = (p + sign * errors * math.sqrt(p * (1 - p) / num_runs) for p, sign in zip(PROMISED, (-1, 1), strict=True))
+    low, high = (
+        p + sign * errors * math.sqrt(p * (1 - p) / num_runs) for p, sign in zip(PROMISED, (-1, 1), strict=True)
+    )
     return low, high
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def write_page(
         suite=suite,
         source=source,
         results=results,
-        status=_status(rows),
+        status=_status(rows, {row for profile in results.profiles for row in profile.record.rows}),
         missing_figures=_missing_figures(rows),
         tables=tables,
         figures=[{"figure": figure, "data": _embedded(figure.png)} for figure in figures],
@@ -57,17 +57,21 @@ def _embedded(png: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(png.read_bytes()).decode("ascii")
 
 
-def _status(rows: Mapping[str, RowResult]) -> list[dict[str, str]]:
-    """Each row with what became of it."""
-    return [
-        {
-            "label": found.label,
-            "row": found.row,
-            "state": "measured" if found.finished else "missing",
-            "text": found.why_nothing or "; ".join([f"measured, {found.seeds_text}", *found.marks]),
-        }
-        for found in rows.values()
-    ]
+def _status(rows: Mapping[str, RowResult], profiled: Set[str]) -> list[dict[str, str]]:
+    """Each row with what became of it; `profiled` are those that a speed run timed."""
+    status = []
+    for found in rows.values():
+        text = found.why_nothing or "; ".join([f"measured, {found.seeds_text}", *found.marks])
+        timed_only = not found.runs and found.row in profiled
+        status.append(
+            {
+                "label": found.label,
+                "row": found.row,
+                "state": "measured" if found.finished or timed_only else "missing",
+                "text": "timed in speed runs, not trained" if timed_only else text,
+            }
+        )
+    return status
 
 
 def _missing_figures(rows: Mapping[str, RowResult]) -> list[str]:

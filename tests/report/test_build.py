@@ -367,6 +367,8 @@ def test_a_speed_run_alone_makes_a_report(tmp_path: Path, suite: Suite) -> None:
     assert [one.stem for one in report.tables if not one.stem.startswith("step-cost")] == []  # nothing was trained
     assert [one.title.split(":")[0] for one in terminal_tables(report)] == ["Step cost"]
     assert_nothing_silent(report)
+    page = report.page.read_text(encoding="utf-8")
+    assert page.count("timed in speed runs, not trained") == len(set(make_profile(suite).rows) & set(suite.methods))
 
 
 def test_two_speed_runs_get_tables_of_their_own(tmp_path: Path, suite: Suite) -> None:

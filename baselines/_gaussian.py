@@ -7,6 +7,7 @@ Sources: Ho et al. 2020 (arXiv 2006.11239, "DDPM"), Song et al. 2020 (2010.02502
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -339,7 +340,7 @@ class LossSecondMoment(nn.Module):
 # -- samplers ---------------------------------------------------------------------------------------------------------
 
 
-class Sampler:
+class Sampler(ABC):
     """A walk down some timesteps of a trained process, from noise to x_0; all images of a batch at the same one.
 
     Step i goes from `timesteps[i]` to `timesteps[i - 1]`, and step 0 to x_0. All coefficients are Python floats made
@@ -361,17 +362,17 @@ class Sampler:
         alpha = float(self.alphas[index])
         return math.sqrt(alpha) * clean + math.sqrt(1 - alpha) * noise
 
+    @abstractmethod
     def adds_noise(self, index: int) -> bool:
         """Whether step `index` adds fresh noise."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, index: int, x: Tensor, output: Tensor, noise: Tensor | None = None) -> Tensor:
         """x after step `index`, from x before it and the network's `output` for it at `timesteps[index]`.
 
         `output` (B, C, H, W) is the noise in x; what a network gives beyond the channels of x is the variance.
         `noise` is standard normal, of the shape of x, wherever `adds_noise`.
         """
-        raise NotImplementedError
 
     def predict_clean(self, index: int, x: Tensor, noise: Tensor, *, clip: bool) -> Tensor:
         """x_0 from x before step `index` and the noise in it, cut to [-1, 1] where `clip`."""

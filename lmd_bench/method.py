@@ -74,6 +74,8 @@ class Method(nn.Module, ABC):
 
     Config: ClassVar[type[MethodConfig]]
     """The options a suite may set for this method."""
+    is_trained: ClassVar[bool] = True
+    """False for methods that come with published weights and take no training step here: they are evaluated only."""
     progressive_orders: ClassVar[tuple[str, ...]] = ()
     """Orders in which `reconstruct_progressively` unveils tokens; empty where a method has no levels to walk."""
 
@@ -206,6 +208,10 @@ class Method(nn.Module, ABC):
         `images` (B, 3, S, S) float32 in [0, 1]; `mask` (B, g, g) bool over square units, True = hidden. Returns
         (B, 3, S, S) in [0, 1]. No hidden pixel, nor a statistic of one, may influence the result.
         """
+
+    def reconstruct_captioned(self, images: Tensor, mask: Tensor, captions: Sequence[str]) -> Tensor:
+        """As `reconstruct`, with a caption for each image at hand. Default: captions are not looked at."""
+        return self.reconstruct(images, mask)
 
     def reconstruct_leaking(self, images: Tensor, mask: Tensor) -> Tensor | None:
         """As `reconstruct`, but letting a projector see the whole image first; None where there is no such leak."""

@@ -18,6 +18,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lmd_bench.errors import RecordError
 
 SCHEMA = 1
+PICTURES = "pictures"
+"""Folder in a cell with what the report shows of it: strips of square tiles side by side, as PNG: `original.png`,
+`masked.png`, `filled.png`, and `samples.png` where the method generates."""
+QUALITY_BOUNDS = "quality-bounds.json"
+"""In a suite's folder: `QualityBounds`."""
+STATISTICS = "statistics"
+"""Folder of a suite with the real side's features, measured once."""
 RECONSTRUCTIONS = "reconstructions"
 """Folder beside a cell's weights that `lmd-bench reconstruct` writes to by default."""
 PHASES = ("data", "projector", "forward", "backward", "optimizer")
@@ -106,6 +113,8 @@ class Check(_Part):
     """Mean over images of the PSNR over hidden pixels."""
     ssim: float
     """Mean SSIM of the composite image."""
+    lpips: float | None = None
+    """Mean LPIPS (AlexNet) of the composite and the true image; None where its weights are not there."""
     num_images: int
 
 
@@ -144,6 +153,107 @@ class Yardstick(_Part):
     """One shot and several levels on the same images, for methods that have levels."""
 
 
+class AccuracyCheck(_Part):
+    """One look at the validation images during fine-tuning."""
+
+    step: int
+    train_s: float
+    """Training time of the fine-tuning so far, pauses left out."""
+    top1: float
+    """Percent of the validation images."""
+    top5: float
+    """Percent; with fewer than five classes the same as 100 times the share among all."""
+    num_images: int
+
+
+class Probe(_Part):
+    """A cheap classifier on the frozen encoder's features, before fine-tuning."""
+
+    name: str
+    """linear or knn."""
+    top1: float
+    """Percent of the validation images."""
+    top5: float
+    setting: str
+    """What was fitted and how, in words."""
+    num_train: int
+    num_val: int
+    num_features: int
+    seconds: float
+    """Features and fit together."""
+
+
+class Finetune(_Part):
+    """Fine-tuning of one cell's encoder for classification."""
+
+    num_steps: int
+    num_train: int
+    num_val: int
+    num_classes: int
+    parameters: int
+    """Trained ones, the head included."""
+    timing: Timing
+    checks: list[AccuracyCheck]
+    """The first is before any step."""
+    mit_ms: float
+    """Mean period of a fine-tuning step."""
+    mat_at_1: float | None
+    """Training seconds per percentage point of top-1 accuracy; None where `not_measured` says why."""
+    mat_at_5: float | None
+    losses: list[float]
+    """Of every step."""
+    settings: dict[str, Any]
+    """`FinetuneRunConfig`."""
+    notes: list[str] = []
+
+
+class EvaluatorFacts(_Part):
+    """A network that images were measured with."""
+
+    name: str
+    """As columns name it: Inception v3 (torch-fidelity), scenes features, ..."""
+    weights: str
+    """File or tag."""
+    sha256: str
+    """Of the weights as they lie on disk, hexadecimal."""
+    resize: str
+    """How images come to its input size, in words."""
+    num_features: int | None = None
+
+
+class ImageQuality(_Part):
+    """Metrics over filled images of one cell, or over two folders."""
+
+    num_images: int
+    image_size: int
+    what: str
+    """What was compared, in words: "filled against real, 75 % hidden in units of 32 px", or two folders."""
+    values: dict[str, float]
+    """Figure -> value: fid, kid, kid_std, precision, recall, clip_score, lpips, psnr_db (hidden pixels where there is a
+    mask), ssim. `fid_scenes`, `kid_scenes`, ... where the small evaluators measured it."""
+    evaluators: dict[str, EvaluatorFacts]
+    """By the kind of figure: features, clip, lpips."""
+    real_digest: str
+    """SHA-256 over the real images' pixels, 16 hex digits."""
+    seed: int
+    """Of KID's subsets, and of what a method draws while it fills."""
+    fill_s: float | None = None
+    """Seconds that filling took; not a figure of any table."""
+    not_measured: dict[str, str] = {}
+    """Figure -> why it is missing."""
+
+
+class QualityBounds(_Part):
+    """What the columns of image quality can be at most and at least, over the same images: once for a suite."""
+
+    schema_version: int = Field(default=SCHEMA, alias="schema")
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    truth: ImageQuality
+    """The real images in place of filled ones."""
+    grey: ImageQuality
+    """Hidden pixels filled with mid-grey."""
+
+
 class RunRecord(_Part):
     """One finished or failed cell."""
 
@@ -172,6 +282,9 @@ class RunRecord(_Part):
     efficiency: dict[str, Any] | None = None
     """`lmd_bench.metrics.efficiency.RunEfficiency.to_dict()`."""
     yardstick: Yardstick | None = None
+    finetune: Finetune | None = None
+    probes: list[Probe] = []
+    image_quality: ImageQuality | None = None
     weights: SavedWeights | None = None
     """None where the run was told not to keep them."""
     not_measured: dict[str, str] = {}
@@ -353,6 +466,11 @@ def write_json(path: Path, record: BaseModel) -> None:
 def read_run(path: Path) -> RunRecord:
     """A cell's `record.json`."""
     return _read(path, RunRecord)
+
+
+def read_bounds(path: Path) -> QualityBounds:
+    """A suite's `quality-bounds.json`."""
+    return _read(path, QualityBounds)
 
 
 def read_profile(path: Path) -> ProfileRecord:

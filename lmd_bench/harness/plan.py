@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from lmd_bench.config import DataConfig, EvaluationConfig, RecipeConfig, RunConfig, Suite, near, resolve_crop
+from lmd_bench.config import (
+    NOT_TRAINED,
+    DataConfig,
+    EvaluationConfig,
+    RecipeConfig,
+    RunConfig,
+    Suite,
+    near,
+    resolve_crop,
+)
 from lmd_bench.errors import BenchError, ConfigError
 from lmd_bench.option_tree import option_names
 from lmd_bench.records import RunRecord, cell_folder, read_run
@@ -258,12 +267,17 @@ def _open_data(suite: Suite, rows: Sequence[str], plan: Plan) -> int:
 
 def _check_batches(suite: Suite, rows: Sequence[str], num_train: int, place: str) -> None:
     for row in rows:
-        batch_size = suite.recipes[suite.methods[row].recipe].batch_size
+        batch_size = _recipe(suite, row).batch_size
         if num_train < batch_size:
             raise ConfigError(
                 f"{place}: {num_train} training images do not fill one batch of {batch_size} (row {row}); "
                 f"use more images or --set recipes.{suite.methods[row].recipe}.batch_size=N"
             )
+
+
+def _recipe(suite: Suite, row: str) -> RecipeConfig:
+    name = suite.methods[row].recipe
+    return NOT_TRAINED if name is None else suite.recipes[name]
 
 
 def _cell(
@@ -302,7 +316,7 @@ def _cell(
         plan.notes.append(f"{row}: {text}")
     from lmd_bench.harness.optim import check_optimizer
 
-    recipe = suite.recipes[settings.recipe]
+    recipe = _recipe(suite, row)
     check_optimizer(recipe.optimizer, device)
     recipe = recipe.model_copy(update={"augmentation": resolve_crop(recipe.augmentation, suite.data)})
     steps_per_epoch = num_train // recipe.batch_size

@@ -12,15 +12,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from baselines._relative_position import (
-    DropPath,
-    bias_of,
-    biased_attention,
-    relative_position_index_with_class_token,
-)
+from baselines._relative_position import bias_of, biased_attention, relative_position_index_with_class_token
 from lmd_bench.errors import ConfigError
 from lmd_bench.method import MethodConfig
-from lmd_bench.nn.classifier import ImageClassifier
+from lmd_bench.nn.classifier import ClassTokenClassifier, ImageClassifier, Pool
+from lmd_bench.nn.drop_path import DropPath, rising_rates
 from lmd_bench.nn.masked_autoencoder import PatchEmbed
 from lmd_bench.nn.masking import take_tokens
 from lmd_bench.nn.patches import patchify
@@ -132,12 +128,18 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, bias: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """(B, N, D) to (B, N, D); with `wanted` (B, n) the MLP runs on these tokens alone: (B, n, D)."""
-        x = self.drop_path(x, self.attn(self.norm1(x), bias), self.gamma_1)
+    def forward(
+        self, x: Tensor, bias: Tensor, wanted: Tensor | None = None, drop_path: DropPath | None = None
+    ) -> Tensor:
+        """(B, N, D) to (B, N, D); with `wanted` (B, n) the MLP runs on these tokens alone: (B, n, D).
+
+        `drop_path` adds the branches in place of the block's own.
+        """
+        add = self.drop_path if drop_path is None else drop_path
+        x = add(x, self.attn(self.norm1(x), bias), self.gamma_1)
         if wanted is not None:
             x = take_tokens(x, wanted)
-        out: Tensor = self.drop_path(x, self.mlp(self.norm2(x)), self.gamma_2)
+        out: Tensor = add(x, self.mlp(self.norm2(x)), self.gamma_2)
         return out
 
 
@@ -159,7 +161,7 @@ class ViTEncoder(nn.Module):
         self.rel_pos_bias = RelativePositionBias(grid, options.num_heads)
         self.blocks = nn.ModuleList(
             Block(dim, options.num_heads, options.mlp_ratio, options.layer_scale, rate)
-            for rate in torch.linspace(0, options.drop_path, options.depth, device="cpu").tolist()
+            for rate in rising_rates(options.drop_path, options.depth)
         )
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self._initialise()
@@ -190,9 +192,9 @@ class ViTEncoder(nn.Module):
         features: Tensor = self.norm(x if wanted is not None else x[:, 1:])
         return features
 
-    def classifier(self, to_map: nn.Module, num_classes: int) -> ImageClassifier:
+    def classifier(self, to_map: nn.Module, num_classes: int, pool: Pool, drop_path: float) -> ImageClassifier:
         """The encoder, which it shares, as a classifier; `to_map` normalises images."""
-        return ViTClassifier(self, to_map, num_classes)
+        return ViTClassifier(self, to_map, num_classes, pool, drop_path)
 
     @staticmethod
     def is_decayed(name: str) -> bool:
@@ -200,25 +202,36 @@ class ViTEncoder(nn.Module):
         return not name.endswith("cls_token")
 
 
-class ViTClassifier(ImageClassifier):
-    """The authors' form for fine-tuning: patches are averaged, without the class token, before a norm of their own."""
+class ViTClassifier(ClassTokenClassifier):
+    """The authors' form for fine-tuning, but that the blocks go on sharing one table of biases, which is the head's
+    layer as in their optimizer.py; there each block starts from a copy of it."""
 
-    def __init__(self, encoder: ViTEncoder, to_map: nn.Module, num_classes: int) -> None:
-        super().__init__(encoder.norm.normalized_shape[0], num_classes, encoder.cls_token.device)
+    def __init__(self, encoder: ViTEncoder, to_map: nn.Module, num_classes: int, pool: Pool, drop_path: float) -> None:
+        super().__init__(encoder.norm, encoder.blocks, num_classes, pool, drop_path)
         self.patch_size, self.to_map = encoder.patch_size, to_map
         self.cls_token, self.patch_embed = encoder.cls_token, encoder.patch_embed
-        self.rel_pos_bias, self.blocks = encoder.rel_pos_bias, encoder.blocks
+        self.rel_pos_bias = encoder.rel_pos_bias
 
-    def features(self, images: Tensor) -> Tensor:
-        return run_blocks(self, self.patch_embed(patchify(self.to_map(images), self.patch_size)))[:, 1:]
+    def tokens(self, images: Tensor) -> Tensor:
+        patches = self.patch_embed(patchify(self.to_map(images), self.patch_size))
+        return run_blocks(self, patches, drop_paths=self.drop_paths)
 
 
-def run_blocks(trunk: ViTEncoder | ViTClassifier, patches: Tensor, wanted: Tensor | None = None) -> Tensor:
-    """Tokens (B, L, D) with the class token in front through all blocks: (B, 1 + L, D), or those `wanted` (B, n)."""
+def run_blocks(
+    trunk: ViTEncoder | ViTClassifier,
+    patches: Tensor,
+    wanted: Tensor | None = None,
+    drop_paths: nn.ModuleList | None = None,
+) -> Tensor:
+    """Tokens (B, L, D) with the class token in front through all blocks: (B, 1 + L, D), or those `wanted` (B, n).
+
+    `drop_paths` has a `DropPath` for each block, in place of the blocks' own.
+    """
     x = torch.cat([trunk.cls_token.expand(len(patches), -1, -1), patches], dim=1)
     bias = trunk.rel_pos_bias()
-    *blocks, last = trunk.blocks
-    for block in blocks:
-        x = block(x, bias)
-    out: Tensor = last(x, bias, wanted)
+    paths = [block.drop_path for block in trunk.blocks] if drop_paths is None else drop_paths
+    *steps, (last, last_path) = zip(trunk.blocks, paths, strict=True)
+    for block, path in steps:
+        x = block(x, bias, drop_path=path)
+    out: Tensor = last(x, bias, wanted, last_path)
     return out

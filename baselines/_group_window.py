@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from baselines._relative_position import biased_attention
 from baselines._swin import PatchMerging
+from lmd_bench.nn.drop_path import DropPath
 from lmd_bench.nn.masked_autoencoder import PatchEmbed
 from lmd_bench.nn.vit import NORM_EPS, Mlp
 
@@ -284,10 +285,11 @@ class GroupBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, grouping: Grouping, bias: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, D)."""
-        x = x + self.attn(self.norm1(x), grouping, bias)
-        out: Tensor = x + self.mlp(self.norm2(x))
+    def forward(self, x: Tensor, grouping: Grouping, bias: Tensor, drop_path: DropPath | None = None) -> Tensor:
+        """(B, N, D) to (B, N, D); `drop_path` adds the branches, None adds them as they are."""
+        add = torch.add if drop_path is None else drop_path
+        x = add(x, self.attn(self.norm1(x), grouping, bias))
+        out: Tensor = add(x, self.mlp(self.norm2(x)))
         return out
 
 
@@ -299,15 +301,19 @@ class GroupStage(nn.Module):
         self.blocks = nn.ModuleList(GroupBlock(dim, num_heads, window, mlp_ratio) for _ in range(depth))
         self.downsample = PatchMerging(dim, NORM_EPS) if merge else None
 
-    def forward(self, x: Tensor, groupings: Sequence[Grouping]) -> Tensor:
-        """Nested tokens (B, N, D) to (B, N / 4, 2 * D), or (B, N, D) without merging."""
+    def forward(self, x: Tensor, groupings: Sequence[Grouping], drop_paths: nn.ModuleList | None = None) -> Tensor:
+        """Nested tokens (B, N, D) to (B, N / 4, 2 * D), or (B, N, D) without merging.
+
+        `drop_paths` has a `DropPath` for each block.
+        """
         kinds = len(groupings)
         tables = [block.get_parameter("attn.relative_position_bias_table") for block in self.blocks]
         biases = [
             group_biases(tables[kind::kinds], grouping.pairs) for kind, grouping in enumerate(groupings[: len(tables)])
         ]
-        for number, block in enumerate(self.blocks):
-            x = block(x, groupings[number % kinds], biases[number % kinds][number // kinds])
+        paths = [None] * len(self.blocks) if drop_paths is None else drop_paths
+        for number, (block, drop_path) in enumerate(zip(self.blocks, paths, strict=True)):
+            x = block(x, groupings[number % kinds], biases[number % kinds][number // kinds], drop_path)
         out: Tensor = x if self.downsample is None else self.downsample(x)
         return out
 

@@ -1,9 +1,9 @@
-"""What Swin and BEiT's ViT share: a learned bias for each relative position, attention with it, stochastic depth."""
+"""What Swin and BEiT's ViT share: a learned bias for each relative position, and attention with it."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 
@@ -57,18 +57,3 @@ def biased_attention(qkv: Tensor, bias: Tensor, num_heads: int) -> Tensor:
         attended = scores.add_(bias).softmax(dim=-1) @ value
     merged: Tensor = attended.transpose(2, 3).flatten(3)
     return merged
-
-
-class DropPath(nn.Module):
-    """Adds a branch to the stream, or drops it for a sample at a rate and scales the others up (Huang et al. 2016)."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor, branch: Tensor, gain: Tensor | None = None) -> Tensor:
-        """x + branch, or x + gain * branch with a gain (D,): (B, N, D)."""
-        if self.rate and self.training:
-            kept = x.new_empty(len(x), 1, 1).bernoulli_(1 - self.rate).div_(1 - self.rate)
-            gain = kept if gain is None else kept * gain
-        return x + branch if gain is None else torch.addcmul(x, gain, branch)

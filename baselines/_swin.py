@@ -6,6 +6,7 @@ merging windows is one permutation between two blocks.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,10 +17,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from baselines._relative_position import DropPath, bias_of, biased_attention, relative_position_index
+from baselines._relative_position import bias_of, biased_attention, relative_position_index
 from lmd_bench.errors import ConfigError
 from lmd_bench.method import MethodConfig
 from lmd_bench.nn.classifier import ImageClassifier
+from lmd_bench.nn.drop_path import DropPath, drop_paths_of_stages, rising_rates
 from lmd_bench.nn.masking import take_tokens
 from lmd_bench.nn.patches import patchify
 from lmd_bench.nn.vit import Mlp
@@ -242,15 +244,17 @@ class SwinBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, wanted: Tensor | None = None, drop_path: DropPath | None = None) -> Tensor:
         """(B, N, D) in the block's order to (B, N, D).
 
-        With `wanted` (B, n), positions in that order, the MLP runs on these tokens alone: (B, n, D).
+        With `wanted` (B, n), positions in that order, the MLP runs on these tokens alone: (B, n, D). `drop_path` adds
+        the branches in place of the block's own.
         """
-        x = self.drop_path(x, self.attn(self.norm1(x), self.attn_mask))
+        add = self.drop_path if drop_path is None else drop_path
+        x = add(x, self.attn(self.norm1(x), self.attn_mask))
         if wanted is not None:
             x = take_tokens(x, wanted)
-        out: Tensor = self.drop_path(x, self.mlp(self.norm2(x)))
+        out: Tensor = add(x, self.mlp(self.norm2(x)))
         return out
 
 
@@ -298,17 +302,19 @@ class SwinStage(nn.Module):
             else Reorder(orders[-1].ids(), quad_ids(WindowOrder(grid // 2, window)))
         )
 
-    def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, wanted: Tensor | None = None, drop_paths: nn.ModuleList | None = None) -> Tensor:
         """(B, N, D) by windows to the next stage's tokens by windows, (B, N / 4, 2 D).
 
-        The last stage gives (B, N, D) in raster order, or of it the tokens `wanted` (B, n).
+        The last stage gives (B, N, D) in raster order, or of it the tokens `wanted` (B, n). `drop_paths` has a
+        `DropPath` for each block, in place of the blocks' own.
         """
-        for block, order in zip(self.blocks, self.between, strict=False):
-            x = order(block(x))
+        *paths, last = [block.drop_path for block in self.blocks] if drop_paths is None else drop_paths
+        for block, path, order in zip(self.blocks, paths, self.between, strict=False):
+            x = order(block(x, drop_path=path))
         if wanted is not None:
-            only: Tensor = self.blocks[-1](x, self.leave.sources(wanted))
+            only: Tensor = self.blocks[-1](x, self.leave.sources(wanted), last)
             return only
-        x = self.leave(self.blocks[-1](x))
+        x = self.leave(self.blocks[-1](x, drop_path=last))
         return x if self.downsample is None else self.downsample(x)
 
 
@@ -339,14 +345,14 @@ class SwinEncoder(nn.Module):
 
     def __init__(self, options: SwinOptions, image_size: int) -> None:
         super().__init__()
-        grid, stages = image_size // options.patch_size, len(options.depths)
+        grid = image_size // options.patch_size
         self.num_tokens = grid**2
         self.mask_token = nn.Parameter(torch.zeros(1, 1, options.embed_dim))
         self.patch_embed = SwinPatchEmbed(options.patch_size, options.embed_dim, WindowOrder(grid, options.window_size))
-        rates = torch.linspace(0, options.drop_path, sum(options.depths), device="cpu").split(list(options.depths))
+        rates = iter(rising_rates(options.drop_path, sum(options.depths)))
         self.layers = nn.ModuleList(
-            SwinStage(options, stage, options.grid_of(stage, image_size), rates[stage].tolist())
-            for stage in range(stages)
+            SwinStage(options, stage, options.grid_of(stage, image_size), [next(rates) for _ in range(depth)])
+            for stage, depth in enumerate(options.depths)
         )
         self.norm = nn.LayerNorm(options.width, eps=NORM_EPS)
         self.apply(_initialise)
@@ -365,9 +371,9 @@ class SwinEncoder(nn.Module):
         features: Tensor = self.norm(last(x, wanted))
         return features
 
-    def classifier(self, to_map: nn.Module, num_classes: int) -> ImageClassifier:
+    def classifier(self, to_map: nn.Module, num_classes: int, drop_path: float) -> ImageClassifier:
         """The encoder, which it shares, as a classifier; `to_map` normalises images."""
-        return SwinClassifier(self, to_map, num_classes)
+        return SwinClassifier(self, to_map, num_classes, drop_path)
 
     @staticmethod
     def is_decayed(name: str) -> bool:
@@ -375,20 +381,59 @@ class SwinEncoder(nn.Module):
         return not name.endswith(("mask_token", "relative_position_bias_table"))
 
 
-class SwinClassifier(ImageClassifier):
-    """Swin's own form for fine-tuning: its last norm, here one of its own, before a linear head; but as in all our
-    classifiers tokens are averaged before the norm, not after it."""
+class StagedClassifier(ImageClassifier):
+    """Swin's own form for fine-tuning: the encoder's last norm, the mean of the tokens, a linear head.
 
-    def __init__(self, encoder: SwinEncoder, to_map: nn.Module, num_classes: int) -> None:
-        super().__init__(encoder.norm.normalized_shape[0], num_classes, encoder.mask_token.device)
-        self.fc_norm.eps = NORM_EPS
+    Layers are those of SimMIM's fine-tuning (its optimizer.py): the blocks of all stages counted through, a merging in
+    the layer of the last block before it.
+    """
+
+    def __init__(
+        self,
+        patch_embed: nn.Module,
+        layers: nn.ModuleList,
+        norm: nn.LayerNorm,
+        to_map: nn.Module,
+        num_classes: int,
+        drop_path: float,
+    ) -> None:
+        """The first three are the encoder's own; `layers` are stages with `blocks`."""
+        super().__init__(nn.Identity(), norm.normalized_shape[0], num_classes, norm.weight.device)
         self.to_map = to_map
-        self.patch_embed, self.layers = encoder.patch_embed, encoder.layers
+        self.patch_embed, self.layers, self.norm = patch_embed, layers, norm
+        self.depths = [sum(1 for _ in stage.get_submodule("blocks").children()) for stage in layers]
+        self.drop_paths = drop_paths_of_stages(drop_path, self.depths)
+        self.num_layers = sum(self.depths) + 1
+
+    @abstractmethod
+    def features(self, images: Tensor) -> Tensor:
+        """(B, N, D): the last stage's tokens, before the last norm."""
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """(B, D): the mean of the tokens after the last norm."""
+        normed: Tensor = self.norm(self.features(images))
+        return normed.mean(dim=1)
+
+    def layer_of(self, name: str) -> int:
+        part, *rest = name.split(".")
+        if part != "layers":
+            return super().layer_of(name)
+        stage = int(rest[0])
+        if rest[1] == "downsample":
+            return sum(self.depths[: stage + 1])
+        return sum(self.depths[:stage]) + int(rest[2]) + 1
+
+
+class SwinClassifier(StagedClassifier):
+    """SimMIM's Swin on whole images."""
+
+    def __init__(self, encoder: SwinEncoder, to_map: nn.Module, num_classes: int, drop_path: float) -> None:
+        super().__init__(encoder.patch_embed, encoder.layers, encoder.norm, to_map, num_classes, drop_path)
 
     def features(self, images: Tensor) -> Tensor:
         x: Tensor = self.patch_embed(self.to_map(images))
-        for stage in self.layers:
-            x = stage(x)
+        for stage, paths in zip(self.layers, self.drop_paths, strict=True):
+            x = stage(x, drop_paths=paths)
         return x
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from baselines._um_mae_grid import merge_squares
+from lmd_bench.nn.drop_path import DropPath
 from lmd_bench.nn.vit import NORM_EPS, Mlp
 
 
@@ -24,12 +26,16 @@ class PvtBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.downsample = None if previous_dim is None else PatchMerging(previous_dim, dim)
 
-    def forward(self, x: Tensor, reduction: int) -> Tensor:
-        """(B, N, D) to (B, N, D), or (B, 4 N, previous D) to it; keys and values from means of r x r patches."""
+    def forward(self, x: Tensor, reduction: int, drop_path: DropPath | None = None) -> Tensor:
+        """(B, N, D) to (B, N, D), or (B, 4 N, previous D) to it; keys and values from means of r x r patches.
+
+        `drop_path` adds the branches, None adds them as they are.
+        """
+        add = torch.add if drop_path is None else drop_path
         if self.downsample is not None:
             x = self.downsample(x)
-        x = x + self.attn(self.norm1(x), reduction)
-        out: Tensor = x + self.mlp(self.norm2(x))
+        x = add(x, self.attn(self.norm1(x), reduction))
+        out: Tensor = add(x, self.mlp(self.norm2(x)))
         return out
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -158,6 +158,10 @@ class PyramidPatchEmbed(PatchEmbed):
         self.norm = nn.LayerNorm(width, eps=NORM_EPS) if normed else nn.Identity()
 
 
+Blocks = Iterable[Callable[..., Tensor]]
+"""A pyramid's blocks of all stages, or what stands for them."""
+
+
 class PooledMaps(nn.Module):
     """PVT's way through its blocks: how much each stage pools what its attention looks at."""
 
@@ -165,7 +169,7 @@ class PooledMaps(nn.Module):
         super().__init__()
         self.reductions = [reductions[stage] for stage, depth in enumerate(shape.stage_depths) for _ in range(depth)]
 
-    def forward(self, blocks: nn.ModuleList, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    def forward(self, blocks: Blocks, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """(B, N, D) to the last stage's (B, N / 64, D'); positions are in the patches already."""
         for block, reduction in zip(blocks, self.reductions, strict=True):
             x = block(x, reduction)
@@ -187,7 +191,7 @@ class WindowedMaps(nn.Module):
             window = min(side, 2 * WINDOW if dense else WINDOW)
             self.stages.append(WindowedStage(side, window, depth, {} if dense else _unit_of_stage(stage)))
 
-    def forward(self, blocks: nn.ModuleList, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    def forward(self, blocks: Blocks, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """(B, N, D) to the last stage's (B, N / 64, D').
 
         `rows` and `columns` (B, n) are the positions of the first stage's units, in quadtree order: visible tokens,
@@ -213,7 +217,7 @@ class WindowedStage(nn.Module):
         self.plain = Windows(side, window, **units)
         self.shifted = Windows(side, window, shifted=True, **units) if window < side and depth > 1 else self.plain
 
-    def forward(self, blocks: Iterator[nn.Module], x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    def forward(self, blocks: Iterator[Callable[..., Tensor]], x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """(B, N, D) through the next `depth` of the blocks."""
         ways = [(windows, windows.offsets(rows, columns)) for windows in dict.fromkeys((self.plain, self.shifted))]
         for index in range(self.depth):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from baselines._um_mae_grid import Index, constant, merge_squares, quadtree_order, raster_ranks
+from lmd_bench.nn.drop_path import DropPath
 from lmd_bench.nn.vit import NORM_EPS, Mlp
 
 _SEPARATE = -100.0
@@ -113,13 +114,17 @@ class SwinBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.downsample = None if previous_dim is None else PatchMerging(previous_dim, dim)
 
-    def forward(self, x: Tensor, windows: Windows, offsets: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, D), or (B, 4 N, previous D) to it; `offsets` as `windows.offsets` gives them."""
+    def forward(self, x: Tensor, windows: Windows, offsets: Tensor, drop_path: DropPath | None = None) -> Tensor:
+        """(B, N, D) to (B, N, D), or (B, 4 N, previous D) to it; `offsets` as `windows.offsets` gives them.
+
+        `drop_path` adds the branches, None adds them as they are.
+        """
+        add = torch.add if drop_path is None else drop_path
         if self.downsample is not None:
             x = self.downsample(x)
         attended = self.attn(windows.split(self.norm1(x)), windows.log_offsets, offsets)
-        x = x + windows.join(attended, len(x))
-        out: Tensor = x + self.mlp(self.norm2(x))
+        x = add(x, windows.join(attended, len(x)))
+        out: Tensor = add(x, self.mlp(self.norm2(x)))
         return out
 
 

@@ -14,14 +14,22 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from baselines._group_window import Grouping, GroupSwin, SwinShape, group_stages, pack_groupings, unpack_groupings
-from baselines._masked_pixels import MaskedPixelMethod, PixelStats, PixelStatsName
+from baselines._group_window import (
+    Grouping,
+    GroupSwin,
+    SwinShape,
+    group_stages,
+    nested_patches,
+    pack_groupings,
+    unpack_groupings,
+)
+from baselines._masked_pixels import MaskedPixelMethod, PixelStatsName
 from baselines._relative_position import relative_position_index
-from baselines._swin import swin_text
+from baselines._swin import StagedClassifier, swin_text
 from lmd_bench.errors import ConfigError, WeightsError
 from lmd_bench.lmd.mask_schedule import check_leaves_tokens, num_kept
 from lmd_bench.method import Batch, DataSpec, MethodConfig, StepOutput
-from lmd_bench.nn.classifier import ImageClassifier
+from lmd_bench.nn.classifier import ImageClassifier, Pool, class_token_obstacle, require
 from lmd_bench.nn.masking import pixel_mask, token_mask
 from lmd_bench.nn.official import (
     DECODER_HEADS,
@@ -313,9 +321,15 @@ class GreenMIM(MaskedPixelMethod):
         predicted = self.model.decode(self.model.encode(units.index_select(1, mask.visible), mask), mask)
         return units.index_copy(1, mask.hidden, predicted.to(units.dtype))
 
-    def classifier(self, num_classes: int) -> nn.Module:
+    @classmethod
+    def classifier_obstacle(cls, config: GreenMIMConfig, pool: Pool = "mean") -> str | None:
+        """Swin has no class token."""
+        return class_token_obstacle(pool)
+
+    def classifier(self, num_classes: int, *, pool: Pool = "mean", drop_path: float = 0.0) -> ImageClassifier:
         """The encoder, which it shares, as a plain Swin over all patches, with mean pooling and a fresh head."""
-        return GroupSwinClassifier(self.model.encoder, self.pixels, num_classes)
+        require(self.classifier_obstacle(self.config, pool))
+        return GroupSwinClassifier(self.model.encoder, self.pixels, num_classes, drop_path)
 
     # -- the authors' checkpoints ----------------------------------------------------------------------------------
 
@@ -352,21 +366,23 @@ class GreenMIM(MaskedPixelMethod):
         return official
 
 
-class GroupSwinClassifier(ImageClassifier):
+class GroupSwinClassifier(StagedClassifier):
     """The encoder of GreenMIM on whole images."""
 
-    def __init__(self, encoder: GroupSwin, pixels: PixelStats, num_classes: int) -> None:
-        device = encoder.norm.weight.device
-        super().__init__(encoder.shape.width, num_classes, device)
-        self.encoder, self.pixels = encoder, pixels
-        num_units = (encoder.shape.image_size // encoder.shape.unit_px) ** 2
-        for name, tensor in pack_groupings(group_stages(np.arange(num_units), encoder.shape.stages)).items():
-            self.register_buffer(name, tensor.to(device), persistent=False)
+    def __init__(self, encoder: GroupSwin, to_map: nn.Module, num_classes: int, drop_path: float) -> None:
+        super().__init__(encoder.patch_embed, encoder.layers, encoder.norm, to_map, num_classes, drop_path)
+        self.shape = encoder.shape
+        num_units = (self.shape.image_size // self.shape.unit_px) ** 2
+        for name, tensor in pack_groupings(group_stages(np.arange(num_units), self.shape.stages)).items():
+            self.register_buffer(name, tensor.to(encoder.norm.weight.device), persistent=False)
 
     def features(self, images: Tensor) -> Tensor:
-        groupings = unpack_groupings(dict(self.named_buffers(recurse=False)), self.encoder.shape.stages)
-        tokens: Tensor = self.encoder(patchify(self.pixels.normalize(images), self.encoder.shape.unit_px), groupings)
-        return tokens
+        groupings = unpack_groupings(dict(self.named_buffers(recurse=False)), self.shape.stages)
+        units = patchify(self.to_map(images), self.shape.unit_px)
+        x: Tensor = self.patch_embed(nested_patches(units, self.shape.patch_size))
+        for stage, of_stage, paths in zip(self.layers, groupings, self.drop_paths, strict=True):
+            x = stage(x, of_stage, paths)
+        return x
 
 
 def _fitting_windows(shape: SwinShape) -> list[int]:

@@ -7,13 +7,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from baselines._masked_pixels import MaskedPixelMethod, PixelStatsName
 from lmd_bench.errors import WeightsError
 from lmd_bench.lmd.mask_schedule import check_leaves_tokens, num_kept
 from lmd_bench.method import DataSpec, MethodConfig, StepOutput
-from lmd_bench.nn.classifier import MaskedAutoencoderClassifier
+from lmd_bench.nn.classifier import ImageClassifier, MaskedAutoencoderClassifier, Pool
 from lmd_bench.nn.config import AutoencoderConfig, sizes_of
 from lmd_bench.nn.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderShape
 from lmd_bench.nn.masking import pixel_mask, random_ids, token_mask
@@ -93,9 +93,9 @@ class MAE(MaskedPixelMethod):
         completed = self.model.complete(self.pixels.normalize(images), hidden)
         return self.pixels.to_images(completed)
 
-    def classifier(self, num_classes: int) -> nn.Module:
-        """The encoder, which it shares, with mean pooling and a fresh head, as in MAE's fine-tuning."""
-        return MaskedAutoencoderClassifier(self.model, self.pixels, num_classes)
+    def classifier(self, num_classes: int, *, pool: Pool = "mean", drop_path: float = 0.0) -> ImageClassifier:
+        """The encoder, which it shares, with a fresh head, as in MAE's fine-tuning."""
+        return MaskedAutoencoderClassifier(self.model, self.pixels, num_classes, pool, drop_path)
 
     @classmethod
     def from_official(cls, state_dict: Mapping[str, Tensor], **options: Any) -> MAE:

@@ -16,6 +16,7 @@ from baselines._masked_pixels import MaskedPixelMethod, PixelStatsName
 from baselines._swin import SwinEncoder, SwinOptions
 from lmd_bench.errors import ConfigError, WeightsError
 from lmd_bench.method import DataSpec, MethodConfig, StepOutput
+from lmd_bench.nn.classifier import ImageClassifier, Pool, class_token_obstacle, require
 from lmd_bench.nn.masking import pixel_mask, random_ids, take_tokens, token_mask
 from lmd_bench.nn.official import count_of, load_exactly, reading_sizes, refuse_encoder_alone, tensor_of
 
@@ -189,9 +190,18 @@ class SimMIM(MaskedPixelMethod):
         hidden_pixels = pixel_mask(hidden.view(-1, size // patch, size // patch), size)
         return torch.where(hidden_pixels, self.pixels.to_images(predicted), images)
 
-    def classifier(self, num_classes: int) -> nn.Module:
-        """The encoder, which it shares, with mean pooling and a fresh head."""
-        return self.model.encoder.classifier(self.pixels, num_classes)
+    @classmethod
+    def classifier_obstacle(cls, config: SimMIMConfig, pool: Pool = "mean") -> str | None:
+        """Swin has no class token; the ViT has one."""
+        return None if isinstance(config.backbone, ViTOptions) else class_token_obstacle(pool)
+
+    def classifier(self, num_classes: int, *, pool: Pool = "mean", drop_path: float = 0.0) -> ImageClassifier:
+        """The encoder, which it shares, with a fresh head."""
+        require(self.classifier_obstacle(self.config, pool))
+        encoder = self.model.encoder
+        if isinstance(encoder, ViTEncoder):
+            return encoder.classifier(self.pixels, num_classes, pool, drop_path)
+        return encoder.classifier(self.pixels, num_classes, drop_path)
 
     @classmethod
     def from_official(cls, state_dict: Mapping[str, Tensor], **options: Any) -> SimMIM:

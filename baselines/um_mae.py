@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from baselines._masked_pixels import MaskedPixelMethod, PixelStatsName
@@ -24,7 +24,13 @@ from baselines._uniform_sampling import MASK_RATIO, draw_random, draw_uniform, o
 from lmd_bench.errors import ConfigError, DataError, WeightsError
 from lmd_bench.lmd.mask_schedule import check_leaves_tokens
 from lmd_bench.method import DataSpec, MethodConfig, StepOutput
-from lmd_bench.nn.classifier import MaskedAutoencoderClassifier
+from lmd_bench.nn.classifier import (
+    ImageClassifier,
+    MaskedAutoencoderClassifier,
+    Pool,
+    class_token_obstacle,
+    require,
+)
 from lmd_bench.nn.config import AutoencoderConfig, sizes_of
 from lmd_bench.nn.masking import pixel_mask, take_tokens, token_mask
 from lmd_bench.nn.official import load_exactly, reading_sizes, refuse_encoder_alone, shape_of_checkpoint
@@ -220,11 +226,17 @@ class UMMAE(MaskedPixelMethod):
 
     # -- the encoder and the weights --------------------------------------------------------------------------------
 
-    def classifier(self, num_classes: int) -> nn.Module:
+    @classmethod
+    def classifier_obstacle(cls, config: UMMAEConfig, pool: Pool = "mean") -> str | None:
+        """Pyramids have no class token; the ViT has one."""
+        return None if config.backbone == "vit" else class_token_obstacle(pool)
+
+    def classifier(self, num_classes: int, *, pool: Pool = "mean", drop_path: float = 0.0) -> ImageClassifier:
         """The encoder, which it shares, on whole images with a fresh head."""
+        require(self.classifier_obstacle(self.config, pool))
         if isinstance(self.model, UMViT):
-            return MaskedAutoencoderClassifier(self.model, self.pixels, num_classes)
-        return PyramidClassifier(self.model, self.pixels, num_classes)
+            return MaskedAutoencoderClassifier(self.model, self.pixels, num_classes, pool, drop_path)
+        return PyramidClassifier(self.model, self.pixels, num_classes, drop_path)
 
     @classmethod
     def from_official(cls, state_dict: Mapping[str, Tensor], **options: Any) -> UMMAE:

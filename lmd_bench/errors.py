@@ -19,6 +19,10 @@ class WeightsError(BenchError):
     """A weight file or folder that is missing, of another model, or unsafe to load."""
 
 
+class MissingWeightsError(WeightsError):
+    """Weights of which nothing is there, and which could not or may not be downloaded. What needs them is left out."""
+
+
 class RecordError(BenchError):
     """A record on disk that is damaged, of another schema, or made with other settings."""
 

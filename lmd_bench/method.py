@@ -5,13 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from lmd_bench.projector.config import ProjectorConfig
+
+if TYPE_CHECKING:
+    from lmd_bench.nn.classifier import ImageClassifier, Pool
 
 
 class MethodConfig(BaseModel):
@@ -76,6 +79,9 @@ class Method(nn.Module, ABC):
     """The options a suite may set for this method."""
     is_trained: ClassVar[bool] = True
     """False for methods that come with published weights and take no training step here: they are evaluated only."""
+    wants_captions: ClassVar[bool] = False
+    """True for methods that fill what a caption says: a suite does not measure their image quality on images without
+    captions."""
     progressive_orders: ClassVar[tuple[str, ...]] = ()
     """Orders in which `reconstruct_progressively` unveils tokens; empty where a method has no levels to walk."""
 
@@ -248,12 +254,22 @@ class Method(nn.Module, ABC):
         """Generate (num_images, 3, S, S) images in [0, 1]. Only generative methods override this."""
         raise TypeError(f"{type(self).__name__} does not generate images")
 
-    def classifier(self, num_classes: int) -> nn.Module:
-        """A module (B, 3, S, S) -> (B, num_classes) that shares the encoder, for fine-tuning (MAT).
+    @classmethod
+    def classifier_obstacle(cls, config: Any, pool: Pool = "mean") -> str | None:
+        """Why this configuration makes no classifier of this pooling ("no encoder to fine-tune"), None where it does.
 
-        Everything it needs is its own submodule, parameter or buffer, so that `.to(device)` moves it as a whole; what
-        is new is made on the device of the encoder's weights. A frozen projector in it asks for no gradients, so an
-        optimizer takes the parameters that do.
+        Default: whether the method has a `classifier` at all.
+        """
+        return "no encoder to fine-tune" if cls.classifier is Method.classifier else None
+
+    def classifier(self, num_classes: int, *, pool: Pool = "mean", drop_path: float = 0.0) -> ImageClassifier:
+        """A module (B, 3, S, S) -> (B, num_classes) that shares the encoder, for fine-tuning (MAT) and probes.
+
+        `pool` says what the head reads, `drop_path` at which rate the last block drops its branches in training mode;
+        the method's own forward pass is not touched by either. Everything the classifier needs is its own submodule,
+        parameter or buffer, so that `.to(device)` moves it as a whole; what is new is made on the device of the
+        encoder's weights. A frozen projector in it asks for no gradients, so an optimizer takes the parameters that do.
+        Raises ConfigError where there is a `classifier_obstacle`.
         """
         raise TypeError(f"{type(self).__name__} has no encoder to fine-tune")
 

@@ -16,17 +16,29 @@ def ended_line(record: RunRecord) -> str:
     name = f"{record.row} seed {record.seed}"
     if record.status == "failed":
         return f"{name}: FAILED: {record.error}"
-    assert record.timing is not None
-    text = f"{name}: {record.num_steps} steps, {record.timing.train_s / record.num_steps * 1e3:.1f} ms/step"
+    timing = record.timing
+    text = f"{name}: comes trained"
+    if timing is not None:
+        text = f"{name}: {record.num_steps} steps, {timing.train_s / record.num_steps * 1e3:.1f} ms/step"
     if record.yardstick is not None and record.yardstick.checks:
         text += f", PSNR of hidden pixels {record.yardstick.checks[-1].psnr_db:.2f} dB"
-    return text + ("" if record.timing.valid else " (INVALID: wall time does not add up)")
+    return text + ("" if timing is None or timing.valid else " (INVALID: wall time does not add up)")
 
 
 def encoded_line(num_images: int, total: int, images_per_s: float) -> str:
     """How the making of a latent cache gets on; views count as images."""
     left = (total - num_images) / max(1e-9, images_per_s)
     return f"latent cache: {num_images}/{total} images encoded  {images_per_s:.0f} images/s  {left:.0f} s left"
+
+
+def filled_line(num_images: int, total: int) -> str:
+    """How the measuring of image quality gets on."""
+    return f"image quality: {num_images}/{total} images filled"
+
+
+def tuned_line(step: int, total: int, top1: float) -> str:
+    """How a fine-tuning gets on."""
+    return f"fine-tuning, step {step}/{total}: top-1 accuracy {top1:.1f} %"
 
 
 class PlainWatcher:
@@ -41,7 +53,8 @@ class PlainWatcher:
     def began(self, config: RunConfig) -> None:
         self._count += 1
         self._total = config.steps
-        self._line(f"[{self._count}/{self._num_cells}] {config.row} seed {config.seed}: {config.steps} steps")
+        what = f"{config.steps} steps" if config.steps else "comes trained"
+        self._line(f"[{self._count}/{self._num_cells}] {config.row} seed {config.seed}: {what}")
 
     def encoded(self, num_images: int, total: int, images_per_s: float) -> None:
         self._line("    " + encoded_line(num_images, total, images_per_s))
@@ -54,6 +67,12 @@ class PlainWatcher:
 
     def checked(self, step: int, psnr_db: float) -> None:
         self._line(f"    step {step}: PSNR of hidden pixels {psnr_db:.2f} dB")
+
+    def filled(self, num_images: int, total: int) -> None:
+        self._line("    " + filled_line(num_images, total))
+
+    def tuned(self, step: int, total: int, top1: float) -> None:
+        self._line("    " + tuned_line(step, total, top1))
 
     def ended(self, record: RunRecord) -> None:
         self._line("  " + ended_line(record))
@@ -113,6 +132,14 @@ class LiveWatcher:
 
     def checked(self, step: int, psnr_db: float) -> None:
         self._psnr = f"  {psnr_db:.2f} dB"
+
+    def filled(self, num_images: int, total: int) -> None:
+        self._progress.update(self._task, figures=filled_line(num_images, total))
+        self._progress.refresh()
+
+    def tuned(self, step: int, total: int, top1: float) -> None:
+        self._progress.update(self._task, total=total, completed=step, figures=tuned_line(step, total, top1))
+        self._progress.refresh()
 
     def ended(self, record: RunRecord) -> None:
         self._progress.remove_task(self._task)

@@ -18,11 +18,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lmd_bench.errors import RecordError
 
 SCHEMA = 1
+YARDSTICK_BOUNDS = "yardstick_bounds"
+"""In a record's `not_measured`: all of the yardstick but its checks."""
 PICTURES = "pictures"
 """Folder in a cell with what the report shows of it: strips of square tiles side by side, as PNG: `original.png`,
 `masked.png`, `filled.png`, and `samples.png` where the method generates."""
 QUALITY_BOUNDS = "quality-bounds.json"
 """In a suite's folder: `QualityBounds`."""
+FINETUNE_FILE = "finetune.json"
+"""Beside imported weights: `FinetuneRecord`."""
+TUNED_ELSEWHERE = "fine-tuned on another machine than trained on: "
+"""Begins a note in `Finetune.notes`; the machine's short name follows."""
+TUNED_ON_OTHERS = "fine-tuned on other images than trained on: "
+"""As `TUNED_ELSEWHERE`; the images' folder follows."""
 STATISTICS = "statistics"
 """Folder of a suite with the real side's features, measured once."""
 RECONSTRUCTIONS = "reconstructions"
@@ -143,6 +151,8 @@ class Yardstick(_Part):
     projector: str | None = None
     ceiling_psnr_db: float | None = None
     """PSNR over the same hidden pixels of projector encode + decode without any mask."""
+    ceiling_lpips: float | None = None
+    """LPIPS of the composite with those pixels; None where it was not measured."""
     latent_leak_db: float | None = None
     """PSNR gained when the projector sees the whole image before latents are masked."""
     mean_colour_psnr_db: float | None = None
@@ -235,12 +245,18 @@ class ImageQuality(_Part):
     """By the kind of figure: features, clip, lpips."""
     real_digest: str
     """SHA-256 over the real images' pixels, 16 hex digits."""
+    captions_digest: str | None = None
+    """SHA-256 over the captions, 16 hex digits; None where the images have none."""
     seed: int
-    """Of KID's subsets, and of what a method draws while it fills."""
+    """Of KID's subsets, and of what a method draws while it fills `settings.batch_size` images at a time."""
     fill_s: float | None = None
     """Seconds that filling took; not a figure of any table."""
+    settings: dict[str, Any] = {}
+    """`ImageQualityConfig` as it was measured with; empty for two folders."""
     not_measured: dict[str, str] = {}
-    """Figure -> why it is missing."""
+    """Figure -> why it is missing; `pictures` and `samples` too, where they could not be made or saved."""
+    notes: list[str] = []
+    """What a reader of the figures should know."""
 
 
 class QualityBounds(_Part):
@@ -290,6 +306,23 @@ class RunRecord(_Part):
     not_measured: dict[str, str] = {}
     """Figure -> why it is missing."""
     notes: list[str] = []
+
+
+class FinetuneRecord(_Part):
+    """Fine-tuning of an imported encoder, which has no record of a training: `finetune.json` beside its weights."""
+
+    schema_version: int = Field(default=SCHEMA, alias="schema")
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    method: str
+    config: dict[str, Any]
+    """`ImportedConfig`."""
+    data: dict[str, Any]
+    command: str
+    started_at: str
+    environment: dict[str, Any]
+    finetune: Finetune | None = None
+    probes: list[Probe] = []
+    not_measured: dict[str, str] = {}
 
 
 class ProfileRound(_Part):
@@ -389,7 +422,10 @@ class NotMeasured(_Part):
 
 
 class InferenceRecord(_Part):
-    """What a reconstructed and a sampled image cost: interleaved rounds in fresh processes, random weights."""
+    """What a reconstructed and a sampled image cost: interleaved rounds in fresh processes.
+
+    Weights are random, but of rows that come trained.
+    """
 
     schema_version: int = Field(default=SCHEMA, alias="schema")
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
@@ -466,6 +502,11 @@ def write_json(path: Path, record: BaseModel) -> None:
 def read_run(path: Path) -> RunRecord:
     """A cell's `record.json`."""
     return _read(path, RunRecord)
+
+
+def read_finetune(path: Path) -> FinetuneRecord:
+    """The `finetune.json` beside imported weights."""
+    return _read(path, FinetuneRecord)
 
 
 def read_bounds(path: Path) -> QualityBounds:

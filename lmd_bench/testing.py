@@ -22,9 +22,13 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from lmd_bench.method import Batch, DataSpec, Method, MethodConfig, StepOutput
+from lmd_bench.nn.classifier import ImageClassifier, Pool
 
 _TOTAL_STEPS = 100
 _FIRST_STEPS = 3
+_NUM_CLASSES = 3
+_CLASSIFIER_STEPS = 8
+_DROP_PATH = 0.5
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class _Case:
     def build_trained(self) -> Method:
         """A method after a few steps: networks whose last layer starts at zero say nothing before."""
         method = self.build(self.seed)
+        if not self.method_cls.is_trained:
+            return method
         optimizer = torch.optim.AdamW(method.param_groups(0.0), lr=1e-3)
         for _ in range(_FIRST_STEPS):
             optimizer.zero_grad()
@@ -90,26 +96,53 @@ def check_method(
     for bit, and another seed other weights; the optimizer's groups hold every trainable parameter exactly once; weights
     survive a state dict; mask ratios and token counts make sense; gradients reach every trainable and no frozen
     parameter while one batch is overfitted; a reconstruction has the right shape and range and does not depend on
-    hidden pixels.
+    hidden pixels; where the method has a `classifier`, it keeps its contract under every pooling that it offers: one
+    vector an image, logits from it, a layer for every trained parameter, gradients for all of them and for nothing
+    else, and stochastic depth that leaves the method's own forward pass alone.
 
     `batch_size` random smooth images of `data.image_size` are used, with `mask_units` x `mask_units` mask units of
     which a quarter stays visible. `overfit_share` is the share of its first value to which the loss on one batch
     under one seed must fall within `overfit_steps` AdamW steps at `learning_rate`. Raises AssertionError saying what
     does not hold; the yardstick part is left out where `yardstick_obstacle` says why.
+
+    Of a method that comes trained (`is_trained` is False) checked are: options are accepted; nothing asks for
+    gradients or leaves evaluation mode, and two seeds give the same weights; the reconstruction.
     """
     case = _make_case(method_cls, config, data, batch_size, mask_units, torch.device(device), seed)
     method_cls.check(config, data)
+    if method_cls.is_trained:
+        _check_learning(case, overfit_steps, overfit_share, learning_rate)
+    else:
+        _check_frozen(case)
+    if method_cls.yardstick_obstacle(config) is None:
+        _check_reconstruction(case)
+    pools: tuple[Pool, ...] = ("mean", "cls")
+    for pool in pools:
+        if method_cls.classifier_obstacle(config, pool) is None:
+            _check_classifier(case, pool, learning_rate)
+
+
+# -- the checks -------------------------------------------------------------------------------------------------------
+
+
+def _check_learning(case: _Case, overfit_steps: int, overfit_share: float, learning_rate: float) -> None:
     _check_loss(case)
     _check_determinism(case)
     _check_param_groups(case)
     _check_state_dict(case)
     _check_mask_figures(case)
     _check_training(case, overfit_steps, overfit_share, learning_rate)
-    if method_cls.yardstick_obstacle(config) is None:
-        _check_reconstruction(case)
 
 
-# -- the checks -------------------------------------------------------------------------------------------------------
+def _check_frozen(case: _Case) -> None:
+    method, other = case.build(case.seed).train(), case.build(case.seed + 1)
+    asking = [name for name, parameter in method.named_parameters() if parameter.requires_grad]
+    assert not asking, f"a method that comes trained has trainable parameters: {asking[:5]}"
+    training = [name for name, module in method.named_modules() if module.training]
+    assert not training, f"train() takes a method that comes trained out of evaluation mode: {training[:5]}"
+    pairs = zip(method.state_dict().items(), other.state_dict().values(), strict=True)
+    drawn = [name for (name, value), again in pairs if not _same(value, again)]
+    assert not drawn, f"weights that come trained were drawn at random: {drawn[:5]}"
 
 
 def _check_loss(case: _Case) -> None:
@@ -213,6 +246,81 @@ def _check_reconstruction(case: _Case) -> None:
         other = torch.where(hidden, torch.rand_like(images), images)
     gap = (result - case.reconstruct(method, other)).abs().max().item()
     assert gap == 0, f"hidden pixels leak: changing them changed the reconstruction by up to {gap:.3g}"
+
+
+def _check_classifier(case: _Case, pool: Pool, learning_rate: float) -> None:
+    method = case.build(case.seed)
+    before = case.step(method).loss
+    with _seeded(case.seed):
+        classifier = method.classifier(_NUM_CLASSES, pool=pool, drop_path=_DROP_PATH)
+    assert isinstance(classifier, ImageClassifier), f"classifier must return an ImageClassifier, got {type(classifier)}"
+    assert _same(before, case.step(method).loss), "making a classifier changed the method's own loss"
+    _check_logits(case, classifier)
+    _check_layers(classifier)
+    _check_fine_tuning(case, method, classifier, learning_rate)
+
+
+def _check_logits(case: _Case, classifier: ImageClassifier) -> None:
+    images = case.batch.images
+    classifier.eval()
+    with torch.no_grad():
+        pooled, logits = classifier.pooled(images), classifier(images)
+        wanted = classifier.head(classifier.fc_norm(pooled))
+    shape = (len(images), classifier.num_features)
+    assert pooled.shape == shape, f"pooled must be one vector an image, {shape}, got {tuple(pooled.shape)}"
+    assert logits.shape == (len(images), _NUM_CLASSES), f"logits have shape {tuple(logits.shape)}"
+    assert logits.isfinite().all(), "the logits of a fresh classifier are not finite"
+    assert _same(logits, wanted), "the logits are not the head's, of the pooled features"
+
+
+def _check_layers(classifier: ImageClassifier) -> None:
+    trained = [(name, parameter) for name, parameter in classifier.named_parameters() if parameter.requires_grad]
+    layers = {name: classifier.layer_of(name) for name, _ in trained}
+    wanted = set(range(classifier.num_layers + 1))
+    assert set(layers.values()) == wanted, f"layers of parameters are {sorted(set(layers.values()))}, wanted {wanted}"
+    assert layers["head.weight"] == classifier.num_layers, "the head is not in the last layer"
+    decayed = [name for name, parameter in trained if parameter.ndim < 2 and classifier.is_decayed(name, parameter)]
+    assert not decayed, f"1-D parameters of the classifier are decayed: {decayed[:5]}"
+
+
+def _check_fine_tuning(case: _Case, method: Method, classifier: ImageClassifier, learning_rate: float) -> None:
+    """A few steps on one batch, watching gradients, what is not the classifier's, and that branches are dropped."""
+    own = {id(parameter) for parameter in classifier.parameters() if parameter.requires_grad}
+    others = {n: p.detach().clone() for n, p in method.named_parameters() if id(p) not in own}
+    untouched = {name for name, parameter in classifier.named_parameters() if parameter.requires_grad}
+    labels = torch.arange(len(case.batch.images), device=case.device) % _NUM_CLASSES
+    trained = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
+    classifier.eval()  # nothing dropped: the loss must fall, and gradients reach every branch
+    losses = []
+    for _ in range(_CLASSIFIER_STEPS):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(classifier(case.batch.images), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        untouched -= {name for name, parameter in classifier.named_parameters() if _has_gradient(parameter)}
+    assert not untouched, f"no gradient reached the classifier's parameters: {sorted(untouched)[:5]}"
+    assert losses[-1] < losses[0], f"one batch cannot be fine-tuned on: {losses[0]:.4g} to {losses[-1]:.4g}"
+    current = dict(method.named_parameters())
+    moved = [name for name, value in others.items() if not _same(value, current[name])]
+    assert not moved, f"fine-tuning changed what is not the classifier's: {moved[:5]}"
+    _check_drop_path(case, classifier)
+
+
+def _check_drop_path(case: _Case, classifier: ImageClassifier) -> None:
+    def pooled(seed: int) -> Tensor:
+        with _seeded(seed), torch.no_grad():
+            return classifier.pooled(case.batch.images)
+
+    seeds = range(case.seed, case.seed + 8)
+    classifier.eval()
+    whole = pooled(case.seed)
+    assert all(_same(whole, pooled(seed)) for seed in seeds), "features are random in evaluation mode"
+    classifier.train()
+    if classifier.num_layers > 2:  # of a single block the rate is 0
+        assert any(not _same(whole, pooled(seed)) for seed in seeds), "drop_path drops nothing in training mode"
+    assert _same(pooled(case.seed), pooled(case.seed)), "the same seed drops different branches"
 
 
 # -- helpers ----------------------------------------------------------------------------------------------------------

@@ -5,17 +5,24 @@ from __future__ import annotations
 import re
 import types
 import typing
+from collections.abc import Iterable
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from lmd_bench.errors import WeightsError
+from lmd_bench.evaluators.files import CLASSIFIER_FILE, CLIP_FILE, SHIPPED, checked_file
 from lmd_bench.option_tree import models_within
+
+if TYPE_CHECKING:
+    from lmd_bench.pretrained import WeightsStatus
 
 DATASETS = {
     "scenes": "generated images with labels and captions, any size, nothing to download",
-    "folder": "your own images: --data DIR (class folders, train/ and val/, flat, or LSUN's LMDB folders)",
+    "folder": "your own images: --data DIR (class folders, train/ and val/, flat, LSUN's LMDB folders, "
+    "or WebDataset shards)",
 }
 METRICS = {
     "MIT": "mean iteration time, ms: whole run, and the window up to t90",
@@ -25,10 +32,12 @@ METRICS = {
     "PSNR": "dB over hidden pixels of held-out images",
     "SSIM": "of the composite image",
     "step cost": "phases, projector share, FLOPs, memory, ratio to the calibrator (lmd-bench profile)",
-    "MAT": "mean accuracy-increase time: not built yet",
-    "FID, KID": "not built yet",
-    "CLIP-score": "not built yet",
-    "LPIPS": "not built yet",
+    "MAT": "mean accuracy-increase time of fine-tuning, s per percentage point of top-1 or top-5 accuracy",
+    "probes": "top-1 and top-5 accuracy of a linear classifier and of k-NN on the frozen encoder's features",
+    "FID, KID": "distances between the features of real and filled images: less is better (lmd-bench evaluate)",
+    "precision, recall": "share of filled images among the real ones' features, and the other way round",
+    "CLIP-score": "cosine between a filled image and its caption: more is better",
+    "LPIPS": "how unlike the composite and the true image look to AlexNet: less is better; needs its weights",
 }
 
 
@@ -82,6 +91,20 @@ def _kind(model: type[BaseModel], info: FieldInfo) -> str:
     return model.__name__
 
 
+def weights_lines(statuses: Iterable[WeightsStatus]) -> list[str]:
+    """What `doctor` says of published weights: state, use, size, licence, and of missing ones where to put them."""
+    lines = []
+    for status in statuses:
+        entry = status.entry
+        lines.append(f"{status.name}: {status.state}" + (f": {status.path}" if status.path else ""))
+        lines.append(f"    {entry.what}; for {entry.used_for}; about {entry.about_mib} MiB; licence {entry.licence}")
+        lines.append(f"    {status.detail}")
+        if status.state != "found":
+            file = "" if entry.is_folder or entry.hub_file is None else f", its file {entry.hub_file}"
+            lines.append(f"    from {entry.origin}{file}")
+    return lines
+
+
 def shipped_weights() -> dict[str, str]:
     """Weights inside the package -> their size, or that they are missing."""
     folder = resources.files("lmd_bench") / "projector" / "weights"
@@ -92,4 +115,12 @@ def shipped_weights() -> dict[str, str]:
             there = file.is_file()
             state = f"found, {len(file.read_bytes()) / 2**20:.1f} MiB" if there else "missing: reinstall lmd-bench"
             found[f"shipped:{entry.name}"] = state
-    return found
+    return found | {f"evaluators {name}": _evaluator_state(name) for name in (CLASSIFIER_FILE, CLIP_FILE)}
+
+
+def _evaluator_state(name: str) -> str:
+    try:
+        file = checked_file(SHIPPED, name)
+    except WeightsError as error:
+        return f"missing or wrong: {error}"
+    return f"found, {file.path.stat().st_size / 2**20:.1f} MiB"

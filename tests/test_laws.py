@@ -80,6 +80,6 @@ def test_only_the_timer_reads_a_clock(path: Path) -> None:
     assert "time.time" not in calls(path)
 
 
-def test_only_the_loop_and_the_projectors_training_call_backward() -> None:
+def test_only_the_loop_and_the_training_of_projectors_and_evaluators_call_backward() -> None:
     callers = {str(p.relative_to(PACKAGE)) for p in FILES if any(c.endswith(".backward") for c in calls(p))}
-    assert callers <= {"harness/loop.py", "metrics/cost.py", "projector/train.py", "testing.py"}
+    assert callers <= {"harness/loop.py", "metrics/cost.py", "projector/train.py", "evaluators/train.py", "testing.py"}

@@ -37,6 +37,8 @@ def test_the_suite_in_the_readme_is_valid(tmp_path: Path) -> None:
     assert suite.name == yaml.safe_load(block("yaml"))["name"]
     assert "um-mae" not in suite.methods
     for row in suite.methods.values():
+        if row.listed_only is not None:
+            continue
         method = load_method(row.method, {})
         method.check(method.Config.model_validate(row.options), DataSpec(suite.data.image_size))
 

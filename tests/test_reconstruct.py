@@ -685,6 +685,8 @@ steps: 4
 untimed_steps: 0
 recipes: {equal: {batch_size: 4, lr_warmup_steps: 0, ema_decay: 0.9}}
 evaluation: {num_checks: 1, num_images: 4, unit_px: 8}
+finetune: null
+image_quality: null
 estimator: {half_life_steps: 2, num_resamples: 100}
 """
 

@@ -10,8 +10,10 @@ from PIL import Image
 
 from lmd_bench.config import RecipeConfig
 from lmd_bench.harness.plan import make_plan
+from lmd_bench.pretrained import WeightsStore, read_manifest
 from lmd_bench.suite_files import load_suite, shipped_suites
 
+PUBLISHED = read_manifest().weights
 REPORTS = Path(__file__).parent.parent / "reports"
 ROWS = {"lmd-scenes": {"lmd-cs", "lmd-cs-light"}, "photos": set(load_suite("demo").methods)}
 """The rows of the suites that reports are made of."""
@@ -33,10 +35,12 @@ def test_every_row_of_every_suite_can_be_planned(name: str, images: Path, tmp_pa
         suite = suite.model_copy(update={"data": suite.data.model_copy(update={"path": str(images)})})
     rows = list(suite.methods)
     plan = make_plan(
-        suite, rows, device="cpu", out=tmp_path, added={}, force=False, reads_data=False, save_weights=False
-    )
-    assert [cell.config.row for cell in plan.cells] == rows
-    assert all(cell.config.steps > 0 for cell in plan.cells)
+        suite, rows, device="cpu", out=tmp_path, added={}, force=False, reads_data=False, save_weights=False,
+        weights=WeightsStore(offline=True),
+    )  # fmt: skip
+    assert [cell.config.row for cell in plan.cells] == [row for row in rows if row not in plan.missing]
+    assert all((cell.config.steps > 0) == cell.method.is_trained for cell in plan.cells)
+    assert all(any(f"weights:{name}" in str(suite.methods[row].options) for name in PUBLISHED) for row in plan.missing)
 
 
 def test_the_suites_of_reports_have_exactly_the_rows_they_are_about() -> None:

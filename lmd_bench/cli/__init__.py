@@ -1,8 +1,10 @@
 """The command line: the only part that prints, parses or exits. Heavy imports wait until a command needs them.
 
-One module for each group of commands: `run` (run, report), `look` (list, show, doctor), `speed` (profile, inference,
-profile-optimizers), `pictures` (reconstruct, sample), `coverage`, `lsp`, `checkpoint`. What they share is in `options`
-(words on the command line), `planning` (from words to a plan) and `terminal` (what is printed, and how).
+One module for each group of commands: `run` (run, report), `finetune`, `evaluate`, `look` (list, show, doctor),
+`speed` (profile, inference, profile-optimizers), `pictures` (reconstruct, sample), `coverage`, `lsp`, `checkpoint`,
+`evaluators`.
+What they share is in `options` (words on the command line), `planning` (from words to a plan) and `terminal` (what is
+printed, and how).
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ import typer
 
 from lmd_bench.cli.checkpoint import checkpoint_app
 from lmd_bench.cli.coverage import coverage
+from lmd_bench.cli.evaluate import evaluate
+from lmd_bench.cli.evaluators import evaluators_app
+from lmd_bench.cli.finetune import finetune
 from lmd_bench.cli.look import doctor, list_names, show
 from lmd_bench.cli.lsp import lsp_app
 from lmd_bench.cli.pictures import reconstruct, sample
@@ -33,6 +38,7 @@ app = typer.Typer(
 )
 app.command("run")(run)
 app.command("report")(report)
+app.command("finetune")(finetune)
 app.command("list")(list_names)
 app.command("show")(show)
 app.command("doctor")(doctor)
@@ -41,9 +47,11 @@ app.command("inference")(inference)
 app.command("profile-optimizers")(profile_optimizers)
 app.command("reconstruct")(reconstruct)
 app.command("sample")(sample)
+app.command("evaluate")(evaluate)
 app.command("coverage")(coverage)
 app.add_typer(lsp_app, name="lsp")
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(evaluators_app, name="evaluators")
 
 
 def main() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lmd_bench.cli.options import OfflineOption, WeightsOption
 from lmd_bench.cli.terminal import say
 from lmd_bench.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lmd_bench.pretrained import WeightsStore
 
 
 def list_names() -> None:
@@ -25,11 +29,11 @@ def list_names() -> None:
     say("suites (lmd-bench run --suite NAME)")
     for name in shipped_suites():
         suite = load_suite(name)
-        built = [row for row, values in suite.methods.items() if values.planned is None]
-        say(f"  {name:{width}} {suite.title}: {', '.join(built)}")
+        run_here = [row for row, values in suite.methods.items() if values.listed_only is None]
+        say(f"  {name:{width}} {suite.title}: {', '.join(run_here)}")
         for row, values in suite.methods.items():
-            if values.planned is not None:
-                say(f"  {'':{width}} {row}: {values.planned}")
+            if values.listed_only is not None:
+                say(f"  {'':{width}} {row}: {values.listed_only}")
     for title, entries in catalogues:
         say(title)
         for name, text in entries.items():
@@ -61,9 +65,17 @@ def show(
         say(f"  {line}")
 
 
-def doctor() -> None:
+def doctor(
+    weights: WeightsOption = None,
+    offline: OfflineOption = False,
+    hash_all: Annotated[bool, typer.Option("--hash", help="Hash large files of weights too.")] = False,
+) -> None:
     """This machine, versions, GPU, and which weights are there."""
     import torch
+
+    from lmd_bench.pretrained import WeightsStore
+
+    store = WeightsStore(weights, offline)
 
     from lmd_bench.harness.environment import environment, machine_name
     from lmd_bench.texts import shipped_weights
@@ -80,3 +92,17 @@ def doctor() -> None:
     say("weights")
     for name, state in shipped_weights().items():
         say(f"  {name}: {state}")
+    _say_weights(store, hash_all)
+
+
+def _say_weights(store: WeightsStore, hash_all: bool) -> None:
+    """The published weights: found, missing or wrong, and how to get what is not there."""
+    from lmd_bench.texts import weights_lines
+
+    for line in weights_lines(store.status(hash_all=hash_all)):
+        say(f"  {line}")
+    if store.is_offline:
+        say("  offline: nothing is downloaded")
+    else:
+        say("  missing ones are downloaded when a suite asks for them and allows it (image_quality.download)")
+    say(f"  --weights: {store.folder or 'not given'} (or the environment's LMD_BENCH_WEIGHTS)")

@@ -13,10 +13,10 @@ DEFAULT_OUT = Path("reports/local")
 
 SuiteOption = Annotated[str, typer.Option("--suite", help="A shipped suite by name, or a path ending in .yaml.")]
 MethodsOption = Annotated[
-    str | None, typer.Option("--methods", help="Rows of the suite, separated by commas. Default: all that are built.")
+    str | None, typer.Option("--methods", help="Rows of the suite, separated by commas. Default: all that it runs.")
 ]
 DataOption = Annotated[
-    Path | None, typer.Option("--data", help="Folder of images, or of LSUN's LMDB folders, to train on.")
+    Path | None, typer.Option("--data", help="Folder of images, LSUN's LMDB folders or WebDataset shards, to train on.")
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 PrecisionOption = Annotated[str | None, typer.Option("--precision", help="fp32 or bf16.")]
@@ -24,6 +24,22 @@ CompileOption = Annotated[bool | None, typer.Option("--compile/--no-compile", he
 OutOption = Annotated[Path, typer.Option("--out", help="Where records and reports go.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Change a value: dotted.key=value; * matches. Repeatable.")
+]
+WeightsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--weights",
+        help="Folder with published weights; `lmd-bench doctor` says which. Default: where the libraries keep theirs.",
+    ),
+]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Never download weights.")]
+SpeedWeightsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--weights",
+        help="Folder with published weights; `lmd-bench doctor` says which. Speed runs download none. Default: where "
+        "the libraries keep theirs.",
+    ),
 ]
 AddOption = Annotated[
     list[str] | None, typer.Option("--add", help="A method of your own: file.py:ClassName. Repeatable.")

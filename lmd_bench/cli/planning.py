@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmd_bench.cli.terminal import say
 from lmd_bench.errors import ConfigError
 
 if TYPE_CHECKING:
     from lmd_bench.harness.plan import Plan
+    from lmd_bench.pretrained import WeightsStore
 
 
 def overrides(
@@ -43,6 +45,8 @@ def plan_suite(
     force: bool,
     save_weights: bool = False,
     reads_data: bool = True,
+    weights: WeightsStore | None = None,
+    dry_run: bool = False,
 ) -> tuple[Plan, dict[str, str]]:
     """The plan for a suite with `laid_on` merged over it, and the added methods by name."""
     from lmd_bench.suite_files import apply_settings, merge, parse_suite, read_suite_values
@@ -66,6 +70,9 @@ def plan_suite(
         force=force,
         reads_data=reads_data,
         save_weights=save_weights,
+        weights=weights,
+        named=methods is not None,
+        dry_run=dry_run,
     )
     return plan, added
 
@@ -80,11 +87,41 @@ def plan_without_data(
     *,
     precision: str | None,
     compile: bool | None = None,
+    weights: Path | None = None,
 ) -> tuple[Plan, dict[str, str]]:
-    """As `plan_suite`, for measurements on noise in place of the suite's data, whatever is finished."""
+    """As `plan_suite`, for measurements on noise in place of the suite's data, whatever is finished.
+
+    Says which rows are left out, and why. weights: folder with published ones; none are downloaded.
+    """
     values = overrides(seeds=None, steps=None, data=None, precision=precision, compile=compile)
     values["data"] = {"name": "scenes", "path": None, "num_train": 4096}  # valid, and never read
-    return plan_suite(suite_name, methods, values, settings, add, device, out, force=True, reads_data=False)
+    plan, added = plan_suite(
+        suite_name,
+        methods,
+        values,
+        settings,
+        add,
+        device,
+        out,
+        force=True,
+        reads_data=False,
+        weights=open_weights(weights),
+    )
+    say_left_out(plan)
+    return plan, added
+
+
+def open_weights(folder: Path | None, offline: bool = False) -> WeightsStore:
+    """The published weights in a folder and where the libraries keep them; downloads are announced on the terminal."""
+    from lmd_bench.pretrained import WeightsStore
+
+    return WeightsStore(folder, offline, on_download=say)
+
+
+def say_left_out(plan: Plan) -> None:
+    """The suite's rows that cannot be run, and why."""
+    for name, reason in {**plan.listed_only, **plan.missing}.items():
+        say(f"  {name}: not measured: {reason}")
 
 
 def unused_path(folder: Path, stem: str) -> Path:

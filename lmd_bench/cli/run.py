@@ -16,12 +16,14 @@ from lmd_bench.cli.options import (
     DataOption,
     DeviceOption,
     MethodsOption,
+    OfflineOption,
     OutOption,
     PrecisionOption,
     SetOption,
     SuiteOption,
+    WeightsOption,
 )
-from lmd_bench.cli.planning import overrides, plan_suite
+from lmd_bench.cli.planning import open_weights, overrides, plan_suite, say_left_out
 from lmd_bench.cli.terminal import command_line, complain, duration, new_console, report_on, say
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ def run(
     out: OutOption = DEFAULT_OUT,
     settings: SetOption = None,
     add: AddOption = None,
+    weights: WeightsOption = None,
+    offline: OfflineOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and estimate time and disk.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Run cells again that are finished.")] = False,
     save_weights: Annotated[
@@ -58,6 +62,8 @@ def run(
         out,
         force,
         save_weights=save_weights,
+        weights=open_weights(weights, offline),
+        dry_run=dry_run,
     )
     _show_plan(plan)
     if dry_run:
@@ -78,17 +84,20 @@ def run(
 def _show_plan(plan: Plan) -> None:
     suite = plan.suite
     everything = [*plan.cells, *plan.finished]
-    first = everything[0].config
-    say(f"{suite.title}: {len(plan.cells)} cells to run, {len(plan.finished)} finished before, on {first.device}")
+    device = f", on {everything[0].config.device}" if everything else ""
+    say(f"{suite.title}: {len(plan.cells)} cells to run, {len(plan.finished)} finished before{device}")
     for cell in everything[: len({c.config.row for c in everything})]:
         config = cell.config
+        if not cell.method.is_trained:
+            done = ", finished" if cell in plan.finished else ""
+            say(f"  {config.row}: comes trained, at {config.image_size} px{done}")
+            continue
         state = "finished" if cell in plan.finished else f"{config.steps} steps"
         projector = config.options.get("projector", {})
         latent = f", projector {projector.get('path') or projector['kind']}" if projector else ""
         latent += ", cached latents" if projector and projector.get("cache") else ""
         say(f"  {config.row}: batch {config.recipe.batch_size} at {config.image_size} px, {state}{latent}")
-    for name, reason in plan.planned.items():
-        say(f"  {name}: not measured: {reason}")
+    say_left_out(plan)
     rows = dict.fromkeys(cell.config.row for cell in everything)
     for note in dict.fromkeys([*(suite.methods[row].note for row in rows), *plan.notes]):
         if note:

@@ -16,6 +16,7 @@ from lmd_bench.cli.options import (
     OutOption,
     PrecisionOption,
     SetOption,
+    SpeedWeightsOption,
     SuiteOption,
 )
 from lmd_bench.cli.planning import plan_without_data, unused_path
@@ -48,9 +49,12 @@ def profile(
     out: OutOption = DEFAULT_OUT,
     settings: SetOption = None,
     add: AddOption = None,
+    weights: SpeedWeightsOption = None,
 ) -> None:
     """Speed runs: what one step costs, in interleaved rounds and fresh processes, with a calibrator beside."""
-    plan, added = plan_without_data(suite, methods, settings, add, device, out, precision=precision, compile=compile)
+    plan, added = plan_without_data(
+        suite, methods, settings, add, device, out, precision=precision, compile=compile, weights=weights
+    )
     from lmd_bench.harness.allocator import keep_freed_memory
     from lmd_bench.harness.environment import environment
     from lmd_bench.harness.profile import SpeedOptions
@@ -58,6 +62,9 @@ def profile(
     from lmd_bench.records import CALIBRATOR, ProfileRecord, ProfileRound, write_json
     from lmd_bench.suite_files import save_suite
 
+    untrained = dict.fromkeys(cell.config.row for cell in plan.cells if not cell.method.is_trained)
+    for row in untrained if any(cell.method.is_trained for cell in plan.cells) else ():
+        say(f"  {row}: comes trained: there is no training step to time")
     options = SpeedOptions(rounds, steps, untimed, batch, keep_memory, progress)
     host_memory = keep_freed_memory() if keep_memory else "the system's default"
     device_name = plan.cells[0].config.device
@@ -99,10 +106,14 @@ def inference(
     out: OutOption = DEFAULT_OUT,
     settings: SetOption = None,
     add: AddOption = None,
+    weights: SpeedWeightsOption = None,
 ) -> None:
-    """What a reconstructed and a sampled image cost: seconds, function evaluations and memory, with random weights."""
+    """What a reconstructed and a sampled image cost: seconds, function evaluations and memory.
+
+    Weights are random, as times do not depend on them; rows that come trained are timed with their published ones.
+    """
     sizes = _batch_sizes(batch)
-    plan, added = plan_without_data(suite, methods, settings, add, device, out, precision=precision)
+    plan, added = plan_without_data(suite, methods, settings, add, device, out, precision=precision, weights=weights)
     from lmd_bench.harness.allocator import keep_freed_memory
     from lmd_bench.harness.environment import environment
     from lmd_bench.harness.inference import InferenceOptions, measure_inference, unmeasured

@@ -46,7 +46,7 @@ def duration(seconds: float) -> str:
 
 def report_on(folder: Path, suite: Suite) -> None:
     """Write a suite's report from its records, and print its tables."""
-    from lmd_bench.report.build import build_report, terminal_tables
+    from lmd_bench.report import build_report, terminal_tables
 
     built = build_report(folder, suite, command=command_line())
     console = new_console()

@@ -10,6 +10,7 @@ from lmd_bench.config.finetune import FinetuneConfig, FinetuneRecipeConfig, Fine
 from lmd_bench.config.image_quality import Evaluators, ImageMetricName, ImageQualityConfig
 from lmd_bench.config.recipe import NOT_TRAINED, LearningRateConfig, OptimizerConfig, RecipeConfig
 from lmd_bench.config.suite import (
+    LATER_PARTS,
     EstimatorValues,
     EvaluationConfig,
     ImportedConfig,
@@ -22,6 +23,7 @@ from lmd_bench.config.suite import (
 )
 
 __all__ = [
+    "LATER_PARTS",
     "NOT_TRAINED",
     "AugmentationConfig",
     "DataConfig",

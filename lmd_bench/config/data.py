@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lmd_bench.config.base import ImageSize, Values
+
+_RAND_AUGMENT_SECTION = re.compile(
+    r"(m)\d+|(n)[1-9]\d*|(p)(?:0(?:\.\d+)?|1(?:\.0+)?)|(mstd)\d+(?:\.\d+)?|(mmax)[1-9]\d*|(inc)[01]|(t)(?:weights|3aw?)"
+)
 
 
 class DataConfig(Values):
@@ -19,6 +24,9 @@ class DataConfig(Values):
     captions: str | None = None
     """CSV or JSONL file of captions, or None: `captions.csv`, `captions.jsonl` or `metadata.jsonl` in the folder, the
     shards' own captions, or a scene's."""
+    labels: Literal["object", "colour"] = "object"
+    """What the labels of scenes say: which of ten objects is shown, or in which of eight colours, which is learned
+    within far fewer steps. A folder's labels are its class folders."""
     image_size: ImageSize = 64
     """Side of the square training images, px."""
     num_train: int | None = Field(default=None, ge=1)
@@ -53,7 +61,27 @@ class AugmentationConfig(Values):
     flip: bool = True
     """Mirror left to right with probability 1/2."""
     rand_augment: str | None = None
-    """timm's RandAugment by its string, such as rand-m9-mstd0.5-inc1, after crop and flip; None leaves it out."""
+    """timm's RandAugment by its string, such as rand-m9-mstd0.5-inc1, after crop and flip; None leaves it out.
+
+    After `rand`, in any order: m9 magnitude, n2 operations an image, p0.5 probability of each, mstd0.5 deviation of the
+    magnitude, mmax10 its largest value, inc1 operations that grow with it, tweights or t3a or t3aw another choice of
+    operations."""
+
+    @field_validator("rand_augment")
+    @classmethod
+    def _known_sections(cls, text: str | None) -> str | None:
+        """timm passes over what it does not know."""
+        if text is None:
+            return None
+        name, *sections = text.split("-")
+        matches = [_RAND_AUGMENT_SECTION.fullmatch(section) for section in sections]
+        kinds = {match.lastindex for match in matches if match is not None}
+        if name != "rand" or len(kinds) < len(sections):
+            raise ValueError(
+                f"augmentation.rand_augment: {text!r} is not timm's form, rand with sections of m, n, p, mstd, mmax, "
+                "inc or t, each once at most, such as rand-m9-mstd0.5-inc1"
+            )
+        return text
 
     @model_validator(mode="after")
     def _ordered(self) -> AugmentationConfig:

@@ -43,6 +43,9 @@ class FinetuneConfig(Values):
     num_checks: int = Field(default=4, ge=1)
     """Times accuracy is measured, spread evenly over the run, besides before the first step. Off the clock."""
     batch_size_val: int = Field(default=64, ge=1)
+    val_crop: float = Field(default=1.0, gt=0, le=1)
+    """Side of what is seen of a folder's validation images, as a share of their central square: 0.875 is MAE's resizing
+    to 256 px and cutting out 224. Scenes are always seen whole."""
     probes: tuple[ProbeName, ...] = ("linear", "knn")
     """Cheap yardsticks on the frozen encoder's features, before fine-tuning changes it."""
     probe_images: int = Field(default=2000, ge=10)
@@ -66,6 +69,7 @@ class FinetuneRunConfig(Values):
     num_val: int | None
     num_checks: int
     batch_size_val: int
+    val_crop: float
     probes: tuple[ProbeName, ...]
     probe_images: int
     knn_neighbors: int

@@ -34,6 +34,7 @@ class ImageQualityConfig(Values):
     neighborhood: int = Field(default=3, ge=1)
     """Neighbours that make a ball of precision and recall (Kynkäänniemi et al. 2019)."""
     batch_size: int = Field(default=32, ge=1)
+    """Images at a time. Methods that draw begin to draw anew with each batch: their figures depend on it."""
     num_pictures: int = Field(default=8, ge=0)
     """Held-out images that the report shows filled by every row, side by side."""
     num_samples: int = Field(default=16, ge=0)

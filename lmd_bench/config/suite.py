@@ -34,8 +34,8 @@ class RowConfig(Values):
     """The row of the published tables this one stands beside, as it is named there."""
     missing: str | None = None
     """Set by the plan where published weights that the row needs are not there: why. Listed, never run."""
-    planned: str | None = None
-    """Set where the method or part of it is not built yet: why. The row is then listed, never run."""
+    listed_only: str | None = None
+    """Why the row is listed in tables and not run by this suite (too heavy for a demo, say)."""
     base: str | None = None
     """The row that this one is a change of: the table "one factor at a time" compares the two."""
     note: str = ""
@@ -98,6 +98,7 @@ class Suite(Values):
     untimed_steps: int = Field(default=5, ge=0)
     """Steps run first on state that is restored afterwards."""
     precision: Precision = "fp32"
+    """Of training, and of rows that come trained while they fill images; rows trained here fill theirs in fp32."""
     compile: bool = False
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0,), min_length=1)
     log_every_steps: int = Field(default=50, ge=1)
@@ -136,6 +137,10 @@ class Suite(Values):
         return self
 
 
+LATER_PARTS = ("finetune", "image_quality")
+"""Of `RunConfig`: what is done with the trained weights, and can be done later."""
+
+
 class RunConfig(Values):
     """One cell (row x seed), complete: two cells with equal values are the same experiment."""
 
@@ -167,9 +172,10 @@ class RunConfig(Values):
     estimator: EstimatorValues
 
     def digest(self) -> str:
-        """SHA-256 over the values that change what is trained and evaluated, 16 hex digits.
+        """SHA-256 over the values that change what is trained and looked at while training, 16 hex digits.
 
-        Left out: names, and what is only counted afterwards from the steps on disk.
+        Left out: names, what is only counted afterwards from the steps on disk, and what is measured afterwards from
+        the saved weights, which `lmd-bench finetune` and `lmd-bench evaluate` make up for (`LATER_PARTS`).
         """
         values = self.model_dump(
             mode="json",
@@ -179,6 +185,7 @@ class RunConfig(Values):
                 "estimator": True,
                 "recipe": {"source"},
                 "evaluation": {"targets"},
+                **dict.fromkeys(LATER_PARTS, True),
             },
         )
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +25,10 @@ from lmd_bench.data.augment import (
     random_flips,
 )
 from lmd_bench.data.decode import ImageFileError, center_square
-from lmd_bench.data.folders import FolderIndex, describe_faults, too_many_faults
+from lmd_bench.data.folders import FolderIndex, describe_faults, no_labels, too_many_faults
+from lmd_bench.data.image_files import ImageFiles
+from lmd_bench.data.labelled import LabelledImages
+from lmd_bench.data.rand_augment import RandAugment
 from lmd_bench.data.source import (
     BatchItem,
     BatchSource,
@@ -61,6 +64,7 @@ class FolderSource(BatchSource):
         self.num_train = index.num_train
         self.num_classes = index.num_classes
         self.place = f"--data {index.root}"
+        self.why_no_classes = index.files.why_no_classes()
         self.num_workers = default_num_workers() if data.num_workers is None else data.num_workers
         self.unreadable: dict[str, str] = {}
         """Files that could not be used during training, with the reason; grows while batches are read."""
@@ -69,6 +73,7 @@ class FolderSource(BatchSource):
         self._augmentation = augmentation
         self._device = device
         self._collate = collate
+        self._data = data
         self._open: list[Generator[Batch, None, None]] = []
         self._held_out: Tensor | None = None
 
@@ -84,6 +89,29 @@ class FolderSource(BatchSource):
             self._held_out = _stack(squares).to(self._device)
         return self._held_out[:num_images]
 
+    def held_out_captions(self, num_images: int) -> list[str] | None:
+        if num_images > len(self._index.held_out):
+            raise DataError(too_few_held_out(self.place, num_images, len(self._index.held_out)))
+        captions = self._index.held_out_captions
+        return None if captions is None else list(captions[:num_images])
+
+    def labelled(self, augmentation: AugmentationConfig, num_train: int | None) -> FolderSource:
+        if self._index.train_labels is None:
+            raise DataError(no_labels(self.place, self.why_no_classes))
+        index = self._index if num_train is None else self._index.with_train(num_train, self._data.seed)
+        return FolderSource(index, self._data, self._image_size, augmentation, self._device)
+
+    def labelled_sample(self, num_images: int) -> LabelledFiles:
+        return self._labelled_files(*self._index.labelled_sample(num_images, self._data.seed), 1.0)
+
+    def validation(self, num_images: int | None, crop: float = 1.0) -> LabelledFiles:
+        return self._labelled_files(*self._index.labelled_validation(num_images, self._data.seed), crop)
+
+    def _labelled_files(self, names: Sequence[str], labels: Sequence[int], crop: float) -> LabelledFiles:
+        return LabelledFiles(
+            self._index.files, names, labels, self._image_size, crop, self._device, self.num_workers, self.place
+        )
+
     def describe(self) -> dict[str, Any]:
         index = self._index
         return {
@@ -98,6 +126,7 @@ class FolderSource(BatchSource):
             "num_checked": index.num_checked,
             "num_skipped": len(index.skipped),
             "skipped": [f"{path}: {reason}" for path, reason in index.skipped[:20]],
+            "num_shards_passed_over": len(index.passed_over),
             "num_unreadable_in_training": len(self.unreadable),
             "unreadable_in_training": [f"{path}: {reason}" for path, reason in sorted(self.unreadable.items())][:20],
             "num_workers": self.num_workers,
@@ -150,6 +179,115 @@ class FolderSource(BatchSource):
                 f"{self.place}: {len(self.unreadable)} of {self.num_train} training images cannot be used "
                 f"(more than 1 %): {describe_faults(self.unreadable)}; repair or remove them"
             )
+
+
+_KEPT_BYTES = 256 * 2**20
+"""Labelled images of at most so many bytes are decoded once and kept."""
+
+
+class LabelledFiles(LabelledImages):
+    """Labelled images of a folder, decoded by workers, batch by batch, at every pass; few of them stay in memory.
+
+    Files that cannot be used are left out, at every pass alike; more than 1 % of them (and more than one) raise
+    DataError.
+    """
+
+    def __init__(
+        self,
+        files: ImageFiles,
+        names: Sequence[str],
+        labels: Sequence[int],
+        image_size: int,
+        crop: float,
+        device: torch.device,
+        num_workers: int,
+        place: str,
+    ) -> None:
+        """crop: side of the central part that is seen, as a share of the central square."""
+        self.num_images = len(names)
+        self._squares = _LabelledSquares(files, names, labels, image_size, crop)
+        self._device = device
+        self._num_workers = num_workers
+        self._place = place
+        self._kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._fits = len(names) * 3 * image_size**2 <= _KEPT_BYTES
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        if batch_size in self._kept:
+            yield from self._kept[batch_size]
+            return
+        faults: dict[str, str] = {}
+        kept: list[tuple[Tensor, Tensor]] = []
+        for loaded in self._loader(batch_size):
+            faults.update(loaded.faults)
+            if too_many_faults(len(faults), self.num_images):
+                raise DataError(
+                    f"{self._place}: {len(faults)} of {self.num_images} labelled images cannot be used "
+                    f"(more than 1 %): {describe_faults(faults)}; repair or remove them"
+                )
+            if len(loaded.item.images):
+                assert loaded.item.labels is not None  # held by _LabelledSquares
+                images = loaded.item.images.to(self._device, non_blocking=True)
+                batch = images, loaded.item.labels.to(self._device, non_blocking=True)
+                if self._fits:
+                    kept.append(batch)
+                yield batch
+        if self._fits:
+            self._kept = {batch_size: kept}
+
+    def _loader(self, batch_size: int) -> DataLoader[Any]:
+        workers = self._num_workers
+        starts = range(0, self.num_images, batch_size)
+        return DataLoader(
+            self._squares,  # type: ignore[arg-type]
+            sampler=[slice(start, start + batch_size) for start in starts],
+            batch_size=None,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]
+            num_workers=min(workers, len(starts)),
+            prefetch_factor=_PREFETCH_PER_WORKER if workers else None,
+            pin_memory=self._device.type == "cuda",
+            worker_init_fn=_leave_interrupts_to_parent,
+            multiprocessing_context=_start_method() if workers else None,
+            generator=torch.Generator(),  # the loader would draw its workers' seeds from the global one
+        )
+
+
+class _LabelledSquares:
+    """Worker side of `LabelledFiles`: the batch at a slice, without files that cannot be used."""
+
+    def __init__(
+        self, files: ImageFiles, names: Sequence[str], labels: Sequence[int], image_size: int, crop: float
+    ) -> None:
+        self._files = files
+        self._names = np.array([os.fsencode(name) for name in names])
+        self._labels = np.array(labels, dtype=np.int64)
+        self._size = image_size
+        self._crop = crop
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, wanted: slice) -> _Loaded:
+        squares, labels, faults = [], [], []
+        for encoded, label in zip(self._names[wanted], self._labels[wanted], strict=True):
+            name = os.fsdecode(bytes(encoded))
+            try:
+                squares.append(self._square(self._files.load(name)))
+                labels.append(label)
+            except ImageFileError as fault:
+                faults.append((name, fault.reason))
+        images = _stack(squares) if squares else torch.empty(0, 3, self._size, self._size, dtype=torch.uint8)
+        return _Loaded(BatchItem(images, torch.from_numpy(np.array(labels, dtype=np.int64)), {}), tuple(faults))
+
+    def _square(self, image: Image.Image) -> Image.Image:
+        """The central part at the images' size, by the resampling of held-out images, whatever the recipe's."""
+        if self._crop < 1:
+            width, height = image.size
+            side = self._crop * min(width, height)
+            left, top = (width - side) / 2, (height - side) / 2
+            box = (left, top, left + side, top + side)
+            return image.resize((self._size, self._size), Image.Resampling.BICUBIC, box=box)
+        return center_square(image, self._size, Image.Resampling.BICUBIC)
 
 
 def default_num_workers() -> int:
@@ -219,6 +357,10 @@ class _FolderBatches:
         self._augmentation = augmentation
         self._seed = seed
         self._collate = collate
+        rules = augmentation
+        self._rand_augment = (
+            None if rules.rand_augment is None else RandAugment(rules.rand_augment, image_size, rules.interpolation)
+        )
         # One more failure in a row than a run may have.
         self._tries = int(max(1.0, 0.01 * index.num_train)) + 1
 
@@ -239,6 +381,8 @@ class _FolderBatches:
         images = _stack(squares)
         if self._augmentation.flip:
             images = flip_where(images, random_flips(keys))
+        if self._rand_augment is not None:
+            images = self._rand_augment(images, keys)
         labels = None if self._labels is None else torch.from_numpy(self._labels[used])
         extra = {}
         if self._collate is not None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, ClassVar, NamedTuple
 
 from PIL import Image
 
+from lmd_bench.data.captions import folder_captions
 from lmd_bench.data.decode import ImageFileError, decode, load_rgb
 
+NO_CLASS_FOLDERS = "the images do not lie in class folders"
+"""Why images have no labels, where these would be class folders."""
 _PIECE = 4096
 _WHOLE_UP_TO = 3 * _PIECE
 
@@ -22,6 +26,8 @@ class ImageFiles:
     root: Path
     storage: ClassVar[str] = "files"
     """How records call this kind."""
+    caption_members: ClassVar[tuple[str, ...]] = ()
+    """What captions that lie among the images end in, where such are read."""
 
     def open(self, name: str) -> BinaryIO:
         """The encoded image. Raises OSError where there is none, or it cannot be read."""
@@ -40,6 +46,27 @@ class ImageFiles:
     def load(self, name: str) -> Image.Image:
         """The image as `decode.load_rgb` gives it. Raises ImageFileError."""
         return load_rgb(self.root / name, lambda: self.open(name))
+
+    def class_of(self, name: str, prefix: str) -> str | None:
+        """The class of an image: the folder that it lies in below `prefix`; None where it lies in none."""
+        inside = name.removeprefix(prefix)
+        return inside.partition("/")[0] if "/" in inside else None
+
+    def why_no_classes(self) -> str:
+        """Why images have no classes, where they have none."""
+        return NO_CLASS_FOLDERS
+
+    def class_order(self, label: str) -> tuple[int, str]:
+        """What classes are sorted by: their names, as torchvision's ImageFolder does."""
+        return (0, label)
+
+    def captions(self, names: Sequence[str], given: str | None) -> list[str] | None:
+        """The captions of images, in order; None where there are none at all.
+
+        given: a file of captions (`data.captions`); None looks for the usual ones. Raises DataError for captions that
+        cannot be used, and names images that have none.
+        """
+        return folder_captions(self.root, given, names)
 
     def fault(self, name: str) -> str | None:
         """Why an image cannot be used, None where it can. For threads: the caller silences Pillow's warnings."""
@@ -68,3 +95,5 @@ class ImageSet(NamedTuple):
     """Names of images that are kept for validation; None where they are not told apart."""
     prefix: str
     """What every name in `train` begins with before its class folder, if it has one."""
+    passed_over: tuple[str, ...] = ()
+    """Shards that are there and not used."""

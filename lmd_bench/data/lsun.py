@@ -106,6 +106,11 @@ def _databases(root: Path) -> list[str]:
         return []
 
 
+def category_of(folder: str) -> str:
+    """ "bedroom" of "bedroom_val_lmdb"; of another name the name itself."""
+    return _category_and_split(folder)[0]
+
+
 def _category_and_split(name: str) -> tuple[str, str]:
     """("bedroom", "val") of "bedroom_val_lmdb"; a name that says nothing is training data."""
     match = _NAME.fullmatch(name)

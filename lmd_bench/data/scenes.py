@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lmd_bench.data._scene_canvas import BLUE, NOISE, NUM_CHANNELS, RED, SHADE, STRIPES, cos_sin
-from lmd_bench.data._scene_layout import CLASSES, scene_captions, scene_layout
+from lmd_bench.data._scene_layout import CLASSES, COLOURS, scene_captions, scene_layout
 from lmd_bench.data._scene_layout import scene_labels as _scene_labels
 from lmd_bench.data._scene_leaves import Ground, paint_background, scene_ground
 from lmd_bench.data._scene_object import paint_objects
@@ -21,9 +21,10 @@ from lmd_bench.data._scene_random import scene_keys, uniform
 from lmd_bench.data._scene_texture import pixel_centers, stripes, value_noise
 from lmd_bench.errors import DataError
 
-__all__ = ["CLASSES", "MIN_IMAGE_SIZE", "Scenes"]
+__all__ = ["CLASSES", "MIN_IMAGE_SIZE", "NUM_COLOURS", "Scenes", "num_scene_classes"]
 
 MIN_IMAGE_SIZE = 16
+NUM_COLOURS = len(COLOURS)
 _STRIPE_STREAM = 4
 # Pixels painted at once: small enough for a CPU's cache, large enough to keep a GPU busy.
 _CHUNK_PIXELS = {"cpu": 1 << 17, "cuda": 1 << 24}
@@ -66,6 +67,10 @@ class Scenes:
         """Class of each scene, an index into CLASSES: int64 (B,). Ten scenes 10k to 10k+9 hold each class once."""
         return _scene_labels(self.seed, _as_indices(indices))
 
+    def colours(self, indices: Tensor | Sequence[int]) -> Tensor:
+        """Colour of each scene's object, a number below NUM_COLOURS: int64 (B,)."""
+        return scene_layout(self.seed, _as_indices(indices)).colour
+
     def captions(self, indices: Tensor | Sequence[int]) -> list[str]:
         """What each scene shows: size, colour, class and place of the object, tone and kind of the background."""
         return scene_captions(scene_layout(self.seed, _as_indices(indices)))
@@ -79,6 +84,11 @@ class Scenes:
         paint_background(canvas, keys, layout, ground, centers)
         paint_objects(canvas, keys, layout, ground, centers)
         return _develop(canvas, keys, ground, centers)
+
+
+def num_scene_classes(labels: str) -> int:
+    """How many classes there are under `DataConfig.labels`."""
+    return len(CLASSES) if labels == "object" else NUM_COLOURS
 
 
 def _as_indices(indices: Tensor | Sequence[int]) -> Tensor:

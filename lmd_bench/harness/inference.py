@@ -1,7 +1,8 @@
 """What an image costs once a method is trained: reconstructing and sampling, at several batch sizes.
 
-Weights are random, as times do not depend on them; inputs are noise under the yardstick's masks. Calls are whole:
-whatever the projector does is in them, and beside them it is timed alone.
+Weights are random, as times do not depend on them, but of methods that come trained the published ones. Inputs are
+noise under the yardstick's masks. Calls are whole: whatever the projector does is in them, and beside them it is timed
+alone.
 """
 
 from __future__ import annotations
@@ -93,7 +94,10 @@ def measure_inference(
         peak_memory_kind=PeakMemory(torch.device(next(iter(configs.values())).device)).kind,
         rows={},
         rounds=[],
-        not_measured=[NotMeasured(row=n, task=None, batch_size=None, reason=r) for n, r in plan.planned.items()],
+        not_measured=[
+            NotMeasured(row=name, task=None, batch_size=None, reason=reason)
+            for name, reason in {**plan.listed_only, **plan.missing}.items()
+        ],
     )
     jobs = [(row, batch_size) for row in configs for batch_size in options.batch_sizes]
     for number in range(options.rounds):
@@ -245,7 +249,7 @@ class _Bench:
         """Milliseconds of each call, function evaluations of one, and the peak memory of the timed ones."""
         with counted_evaluations(self.method) as counts:
             self._check(self._call(task))
-        evaluations = most_common(counts)
+        evaluations = most_common(counts) if type(self.method).is_trained else self.method.num_function_evaluations
         for _ in range(self.options.untimed_calls - 1):
             self._call(task)
         give_back_freed_memory()  # of earlier tasks: it must not count for this one

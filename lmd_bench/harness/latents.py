@@ -30,7 +30,7 @@ def open_cached(
     """
     if not need.folder.exists():
         _encode(need, config, index, images, command, on_progress)
-    held_out = images if images is not None else _open_images(_without_training(config.data), config, index)
+    held_out = images if images is not None else _open_images(without_training(config.data), config, index)
     return CachedSource(need.folder, held_out, torch.device(config.device))
 
 
@@ -64,6 +64,6 @@ def _open_images(data: DataConfig, config: RunConfig, index: FolderIndex | None)
     return open_source(data, config.image_size, config.recipe.augmentation, torch.device(config.device), index=index)
 
 
-def _without_training(data: DataConfig) -> DataConfig:
-    """Scenes are drawn when their source is opened: one is enough beside the held-out ones."""
+def without_training(data: DataConfig) -> DataConfig:
+    """The same held-out images without those of training: scenes are drawn when their source is opened."""
     return data.model_copy(update={"num_train": 1}) if data.name == "scenes" else data

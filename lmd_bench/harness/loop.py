@@ -155,6 +155,13 @@ class Trainer:
         """The weights that are evaluated: the moving average where the recipe keeps one."""
         return self.average.applied() if self.average is not None else nullcontext()
 
+    def settle(self) -> None:
+        """After the last step: the evaluated weights for good, and no optimizer state in memory any more."""
+        if self.average is not None:
+            self.average.put_in_place()
+            self.average = None
+        self.optimizer.state.clear()
+
     def _step(
         self, step: int, ready: Batch | None, batches: Iterator[Batch], timer: StepTimer, slot: int
     ) -> StepOutput:
@@ -293,6 +300,12 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     if precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
+
+
+def filling_precision(method: type[Method], precision: str) -> str:
+    """The number format in which a row fills held-out images: rows that come trained in the suite's, trained ones in
+    fp32 whatever they were trained in."""
+    return "fp32" if method.is_trained else precision
 
 
 def compile_method(method: Method, steps: int) -> None:

@@ -142,6 +142,11 @@ class WeightAverage:
             self._swap()
 
     @torch.no_grad()
+    def put_in_place(self) -> None:
+        """The module holds the averaged weights from now on; those that were trained are gone."""
+        torch._foreach_copy_([weight.detach() for weight in self._weights], self._average)
+
+    @torch.no_grad()
     def _swap(self) -> None:
         for weight, average in zip(self._weights, self._average, strict=True):
             kept = weight.detach().clone()

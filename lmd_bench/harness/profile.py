@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lmd_bench.config import DataConfig, EvaluationConfig, RunConfig, Suite
-from lmd_bench.errors import TrainingError
+from lmd_bench.errors import ConfigError, TrainingError
 from lmd_bench.harness.allocator import keep_freed_memory
 from lmd_bench.harness.calibrator import CALIBRATOR_IMAGE_SIZE, CALIBRATOR_RECIPE, Calibrator
 from lmd_bench.harness.execute import build_method, projector_parameters, try_count_flops
@@ -74,11 +74,15 @@ def profile(
     on_round: Callable[[ProfileRound], None],
     save: Callable[[ProfileRecord], None],
 ) -> ProfileRecord:
-    """Run all rounds and return their record. A row that fails is left out with its reason.
+    """Run all rounds and return their record. A row that fails is left out with its reason; rows that come trained have
+    no step to time. Raises ConfigError where no other row is left.
 
     `save` gets the record so far after every round, so that nothing measured is lost.
     """
-    first = {cell.config.row: cell.config for cell in [*plan.cells, *plan.finished]}
+    trained = {cell.config.row: cell.method.is_trained for cell in [*plan.cells, *plan.finished]}
+    if not any(trained.values()):
+        raise ConfigError(f"{', '.join(trained)}: comes trained: there is no training step to time; name another row")
+    first = {cell.config.row: cell.config for cell in [*plan.cells, *plan.finished] if cell.method.is_trained}
     jobs = {name: _with_batch(config, options.batch_size) for name, config in first.items()}
     device = next(iter(jobs.values())).device
     suite = plan.suite

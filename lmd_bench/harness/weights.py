@@ -100,6 +100,11 @@ def load_method_weights(
     return method.eval(), stored.config
 
 
+def read_weights_config(path: Path) -> RunConfig | ImportedConfig:
+    """What a weights file, or that of a cell's folder, says of itself. Raises WeightsError as `load_method_weights`."""
+    return _read(weights_path(path)).config
+
+
 def weights_path(path: Path) -> Path:
     """The weights file that a cell's folder or a file's own path means. Raises WeightsError where there is none."""
     file = path / WEIGHTS_FILE if path.is_dir() else path

@@ -7,9 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import BeforeValidator, Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from lmd_bench.errors import ConfigError, WeightsError
+from lmd_bench.lmd.classifier import MaskedUNetClassifier
 from lmd_bench.lmd.mask_schedule import (
     MaskSchedule,
     check_leaves_tokens,
@@ -33,7 +34,13 @@ from lmd_bench.lmd.pixel_loss import left_out_of_the_graph, parameters_outside_b
 from lmd_bench.lmd.sampling import UNVEIL_ORDERS, Unveiling, UnveilOrder, unveil
 from lmd_bench.lmd.unet import MaskedUNet, MaskedUNetShape, UNetConfig
 from lmd_bench.method import Batch, DataSpec, MethodConfig, StepOutput
-from lmd_bench.nn.classifier import MaskedAutoencoderClassifier
+from lmd_bench.nn.classifier import (
+    ImageClassifier,
+    MaskedAutoencoderClassifier,
+    Pool,
+    class_token_obstacle,
+    require,
+)
 from lmd_bench.nn.config import AutoencoderConfig, sizes_of
 from lmd_bench.nn.masked_autoencoder import MaskedAutoencoder
 from lmd_bench.nn.masking import fill_with_visible_mean, pixel_mask, random_ids, token_mask
@@ -313,14 +320,18 @@ class LMD(LatentMethod):
         if self.config.normalize_targets:
             raise ConfigError("normalize_targets: a model of normalised targets cannot reconstruct pixels")
 
-    def classifier(self, num_classes: int) -> nn.Module:
-        """The encoder, which it shares, on latents of the frozen projector, with mean pooling and a fresh head.
+    @classmethod
+    def classifier_obstacle(cls, config: LMDConfig, pool: Pool = "mean") -> str | None:
+        """A U-Net has no class token; the ViT has one."""
+        return None if config.network == "vit" else class_token_obstacle(pool)
 
-        Raises TypeError for the U-Net of the ablation, which has no encoder of tokens.
-        """
-        if not isinstance(self.model, MaskedAutoencoder):
-            raise TypeError("network: unet: a U-Net has no encoder to fine-tune")
-        return MaskedAutoencoderClassifier(self.model, self.projector, num_classes)
+    def classifier(self, num_classes: int, *, pool: Pool = "mean", drop_path: float = 0.0) -> ImageClassifier:
+        """The encoder, which it shares, on latents of the frozen projector, with a fresh head; of the ablation's U-Net
+        the way down and the middle."""
+        require(self.classifier_obstacle(self.config, pool))
+        if isinstance(self.model, MaskedUNet):
+            return MaskedUNetClassifier(self.model, self.projector, num_classes, drop_path)
+        return MaskedAutoencoderClassifier(self.model, self.projector, num_classes, pool, drop_path)
 
     @property
     def num_function_evaluations(self) -> int:

@@ -7,6 +7,7 @@ observation, never a number.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -17,22 +18,23 @@ from lmd_bench.errors import ConfigError
 from lmd_bench.metrics.intervals import Missing
 
 ABOVE_CEILING = "above its projector's ceiling"
+BELOW_FLOOR = "below what its projector reaches"
 NO_INCREASE = "no increase"
 
 TTQState = Literal["reached", "not confirmed", "not reached", "above ceiling"]
 
 
 class QualityCheck(NamedTuple):
-    """One check of the yardstick: steps and training seconds so far, and mean PSNR in dB (higher is better)."""
+    """One check of the yardstick: steps and training seconds so far, and what was measured: PSNR in dB, or LPIPS."""
 
     step: int
     train_seconds: float
-    psnr: float
+    value: float
 
 
 @dataclass(frozen=True)
 class TargetRule:
-    """A target as a share of what a reference method gains: psnr_0 + fraction (psnr_best - psnr_0).
+    """A target as a share of what a reference method gains: value_0 + fraction (value_best - value_0).
 
     fraction: in (0, 1]. of: name of the reference row, whose first check is that of the untrained model.
     """
@@ -48,7 +50,7 @@ class TTQ:
     state: "reached"; "not confirmed" (only the last check reaches it); "not reached"; "above ceiling" (the row's
     projector cannot show it). seconds: training seconds at the confirming stretch's first check, None unless
     reached or not confirmed. after_seconds: the check before it, so the true time lies in (after_seconds, seconds];
-    None if that check was the first. observed_seconds: where the checks end.
+    None if that check was the first. observed_seconds: where the checks end. lower_is_better: of LPIPS.
     """
 
     target: float
@@ -56,12 +58,13 @@ class TTQ:
     seconds: float | None
     after_seconds: float | None
     observed_seconds: float
+    lower_is_better: bool = False
 
     @property
     def text(self) -> str:
         """What a table cell says."""
         if self.state == "above ceiling":
-            return ABOVE_CEILING
+            return BELOW_FLOOR if self.lower_is_better else ABOVE_CEILING
         if self.seconds is None:
             return f"not reached in {self.observed_seconds:.4g} s"
         lower = "start" if self.after_seconds is None else f"{self.after_seconds:.4g}"
@@ -121,8 +124,13 @@ def parse_target(value: object, where: str = "target") -> TargetRule | float:
     return TargetRule(float(fraction), of)
 
 
-def resolve_target(rule: TargetRule | float, reference_checks: Sequence[QualityCheck]) -> float | Missing:
-    """The target in dB. Missing where the reference has no checks or never got better than untrained."""
+def resolve_target(
+    rule: TargetRule | float, reference_checks: Sequence[QualityCheck], *, lower_is_better: bool = False
+) -> float | Missing:
+    """The target in the checks' own unit. Missing where the reference has no checks or never got better than untrained.
+
+    lower_is_better: true for LPIPS, whose gain is a fall.
+    """
     if not isinstance(rule, TargetRule):
         return rule
     if not reference_checks:
@@ -130,17 +138,21 @@ def resolve_target(rule: TargetRule | float, reference_checks: Sequence[QualityC
     start = reference_checks[0]
     if start.step != 0:
         return Missing(f"the reference {rule.of} has no check before its first step")
-    gain = max(check.psnr for check in reference_checks) - start.psnr
-    if gain <= 0:
+    best = (min if lower_is_better else max)(check.value for check in reference_checks)
+    change = best - start.value
+    if change == 0:  # the start is among the checks, so that nothing can be worse than it
         return Missing(f"the reference {rule.of} never got better than untrained")
-    return start.psnr + rule.fraction * gain
+    return start.value + rule.fraction * change
 
 
-def ttq(checks: Sequence[QualityCheck], target: float, ceiling: float | None = None) -> TTQ:
+def ttq(
+    checks: Sequence[QualityCheck], target: float, ceiling: float | None = None, *, lower_is_better: bool = False
+) -> TTQ:
     """Time to quality of one run.
 
-    checks: in order of training time, at least one. target: PSNR in dB. ceiling: what the row's projector
-    alone reaches, None for pixels. Raises ValueError without checks or with checks out of order.
+    checks: in order of training time, at least one. target: in their unit. ceiling: what the row's projector
+    alone reaches, None for pixels. lower_is_better: true for LPIPS: target and ceiling are then reached from above.
+    Raises ValueError without checks or with checks out of order.
     """
     if not checks:
         raise ValueError("ttq needs at least one check")
@@ -148,16 +160,17 @@ def ttq(checks: Sequence[QualityCheck], target: float, ceiling: float | None = N
     if any(later < earlier for earlier, later in pairwise(times)):
         raise ValueError("checks must be in order of training time")
     end = times[-1]
-    if ceiling is not None and target > ceiling:
-        return TTQ(target, "above ceiling", None, None, end)
-    good = [check.psnr >= target for check in checks]
+    reached = operator.le if lower_is_better else operator.ge
+    if ceiling is not None and not reached(ceiling, target):
+        return TTQ(target, "above ceiling", None, None, end, lower_is_better)
+    good = [reached(check.value, target) for check in checks]
     held = (i for i in range(len(good) - 1) if good[i] and good[i + 1])
     index = next(held, None)
     if index is None and not good[-1]:
-        return TTQ(target, "not reached", None, None, end)
+        return TTQ(target, "not reached", None, None, end, lower_is_better)
     state: TTQState = "not confirmed" if index is None else "reached"
     at = len(checks) - 1 if index is None else index
-    return TTQ(target, state, times[at], times[at - 1] if at else None, end)
+    return TTQ(target, state, times[at], times[at - 1] if at else None, end, lower_is_better)
 
 
 def ttq_over_seeds(results: Sequence[TTQ]) -> TTQOverSeeds:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+
+from lmd_bench.nn.drop_path import DropPath
 
 NORM_EPS = 1e-6
 
@@ -63,15 +66,16 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, num_queries: int | None = None, drop_path: DropPath | None = None) -> Tensor:
         """(B, N, D) to (B, N, D).
 
         With `num_queries` only the last tokens are computed, (B, num_queries, D): the same values, at less cost,
-        where a block's other outputs are not needed.
+        where a block's other outputs are not needed. `drop_path` adds the branches; None adds them as they are.
         """
+        add = torch.add if drop_path is None else drop_path
         attended = self.attn(self.norm1(x), num_queries)
         if num_queries is not None:
             x = x[:, x.shape[1] - num_queries :]
-        x = x + attended
-        out: Tensor = x + self.mlp(self.norm2(x))
+        x = add(x, attended)
+        out: Tensor = add(x, self.mlp(self.norm2(x)))
         return out

@@ -56,6 +56,9 @@ class CachedSource(BatchSource):
     def held_out(self, num_images: int) -> Tensor:
         return self._images.held_out(num_images)
 
+    def held_out_captions(self, num_images: int) -> list[str] | None:
+        return self._images.held_out_captions(num_images)
+
     def describe(self) -> dict[str, Any]:
         own = {"num_train": self.num_train, "digest": self.meta.source.get("digest")}
         return {**self._images.describe(), **own, "latent_cache": {"folder": str(self.folder), **self.meta.facts()}}

@@ -19,12 +19,12 @@ from lmd_bench.data.yardstick import yardstick_masks
 from lmd_bench.errors import ConfigError, DataError
 from lmd_bench.metrics.image import PSNR_CAP_DB, ssim
 from lmd_bench.nn.masking import fill_with_visible_mean, pixel_mask, token_mask
+from lmd_bench.nn.perceptual import PerceptualDistance, PerceptualNet, perceptual_obstacle
 from lmd_bench.projector.base import LatentProjector
 from lmd_bench.projector.codebook import CodebookUse, codebook_use, count_codes
 from lmd_bench.projector.config import ProjectorConfig, check_projector, projector_folder, weights_bytes
 from lmd_bench.projector.losses import quantise
 from lmd_bench.projector.open import open_projector
-from lmd_bench.projector.perceptual import PerceptualDistance, PerceptualNet, perceptual_obstacle
 from lmd_bench.projector.train_data import patch_pca_psnr
 from lmd_bench.projector.training_split import require_unseen
 

@@ -16,8 +16,12 @@ from lmd_bench.errors import ConfigError, WeightsError
 Model = TypeVar("Model")
 
 
-def load_model(model_class: type[Model], folder: Path, dtype: torch.dtype = torch.float32) -> Model:
+def load_model(
+    model_class: type[Model], folder: Path, dtype: torch.dtype = torch.float32, *, what: str = "projector"
+) -> Model:
     """Loads a `ModelMixin` as `dtype`, whatever format the file holds; nothing is fetched from anywhere.
+
+    `what` names the model in errors.
 
     Raises WeightsError for files that are missing, damaged, or of another model than config.json describes.
     """
@@ -34,12 +38,12 @@ def load_model(model_class: type[Model], folder: Path, dtype: torch.dtype = torc
             )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, ConfigError) as error:
         # OSError and RuntimeError cover what diffusers and torch raise for files that are damaged or of other shapes.
-        raise WeightsError(f"projector {folder}: cannot be loaded ({_reason(error)}); save the model again") from error
+        raise WeightsError(f"{what} {folder}: cannot be loaded ({_reason(error)}); save the model again") from error
     # diffusers only warns where weights are missing, and goes on with random ones.
     wrong = [*info["missing_keys"], *info["unexpected_keys"]]
     if wrong:
         raise WeightsError(
-            f"projector {folder}: weights and config.json are of different models ({len(wrong)} keys differ, first"
+            f"{what} {folder}: weights and config.json are of different models ({len(wrong)} keys differ, first"
             f" {wrong[0]}); save the model again"
         )
     loaded: Model = model

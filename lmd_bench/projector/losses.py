@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lmd_bench.projector.perceptual import PerceptualDistance, perceptual_obstacle
+from lmd_bench.nn.perceptual import PerceptualDistance, perceptual_obstacle
 
 __all__ = [
     "AdversarialKind",

@@ -35,7 +35,7 @@ class TrainingSplit(BaseModel):
     num_train: int
     num_held_out: int
     layout: str | None = None
-    """Of a folder: class folders, flat, or train and val, whose held-out images are val's."""
+    """Of a folder: class folders, flat, shards, or train and val, whose held-out images are val's."""
     names_digest: str | None = None
     """Of a folder: of the names of all its images, by which a copy of it is known."""
     held_out: tuple[str, ...] = ()

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, TypeVar
 from lmd_bench.config import Suite
 from lmd_bench.errors import RecordError
 from lmd_bench.records import (
+    QUALITY_BOUNDS,
     STEP_COLUMNS,
     InferenceRecord,
     ProfileRecord,
+    QualityBounds,
     RunRecord,
     find_runs,
+    read_bounds,
     read_inference,
     read_profile,
     read_run,
@@ -77,6 +80,8 @@ class Results:
     problems: list[str]
     """What could not be read or does not belong, one line each."""
     inferences: list[Inference] = field(default_factory=list)
+    bounds: QualityBounds | None = None
+    """Floor and ceiling of image quality; None where the suite has none."""
 
     def finished(self, row: str) -> list[Run]:
         """The runs of a row that ended well."""
@@ -105,6 +110,7 @@ def load_results(folder: Path, suite: Suite) -> Results:
         problems += _doubts(run, suite)
     profiles = _read_profiles(folder, suite, problems)
     inferences = [Inference(*found) for found in _read_tagged(folder, suite, "inference", read_inference, problems)]
+    bounds = _read_bounds(folder, problems)
     runs = {row: sorted(found, key=lambda run: run.record.seed) for row, found in runs.items()}
     if not profiles and not inferences and not any(runs.values()):
         found = f": {'; '.join(problems)}" if problems else ""
@@ -113,7 +119,17 @@ def load_results(folder: Path, suite: Suite) -> Results:
             f"of suite {suite.name!r}{found}"
         )
     # Relative paths: a report must not tell where on a machine it was made.
-    return Results(folder, runs, profiles, [problem.replace(f"{folder}/", "") for problem in problems], inferences)
+    problems = [problem.replace(f"{folder}/", "") for problem in problems]
+    return Results(folder, runs, profiles, problems, inferences, bounds)
+
+
+def _read_bounds(folder: Path, problems: list[str]) -> QualityBounds | None:
+    path = folder / QUALITY_BOUNDS
+    try:
+        return read_bounds(path) if path.is_file() else None
+    except RecordError as error:
+        problems.append(str(error))
+        return None
 
 
 def _read_run(path: Path, folder: Path) -> Run:
@@ -139,7 +155,7 @@ def _doubts(run: Run, suite: Suite) -> list[str]:
     doubts = []
     if run.record.row not in suite.methods:
         doubts.append(f"{run.path}: row {run.record.row!r} is not in the suite as it is now; shown last")
-    if run.record.status == "finished" and not run.steps:
+    if run.record.status == "finished" and run.record.num_steps and not run.steps:
         doubts.append(f"{run.path}: no steps.csv beside it; its curves are missing")
     return doubts
 

@@ -86,7 +86,7 @@ def origin(suite: Suite, results: Results, command: str) -> Origin:
         ("Runs", f"{finished} finished, {len(runs) - finished} failed, {len(results.profiles)} speed runs"),
         ("Started", dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"),
         ("Seeds", ", ".join(map(str, sorted({run.seed for run in runs}))) or "no run"),
-        ("Steps", ", ".join(map(str, sorted({run.num_steps for run in runs}))) or "no run"),
+        ("Steps", ", ".join(map(str, sorted({run.num_steps for run in runs if run.num_steps}))) or "no run"),
         ("Reference row", suite.reference or "none named in the suite"),
     ]
     return Origin(tuple(facts), tuple(_warnings(machines, commits, runs)))
@@ -99,7 +99,8 @@ def _warnings(machines: list[str], commits: list[str], runs: list[RunRecord]) ->
     if len(commits) > 1:
         warnings.append(f"Records were made by {len(commits)} states of the code.")
     for what, key in (("precisions", "precision"), ("batch sizes", "batch_size"), ("numbers of steps", "steps")):
-        found = [run.config.get(key, (run.config.get("recipe") or {}).get(key)) for run in runs]
+        trained = [run for run in runs if run.num_steps]
+        found = [run.config.get(key, (run.config.get("recipe") or {}).get(key)) for run in trained]
         values = {str(value) for value in found if value is not None}
         if len(values) > 1:
             warnings.append(f"Rows were run with different {what}: {', '.join(sorted(values))}.")

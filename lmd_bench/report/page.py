@@ -39,7 +39,7 @@ def write_page(
         missing_figures=_missing_figures(rows),
         tables=tables,
         figures=[{"figure": figure, "data": _embedded(figure.png)} for figure in figures],
-        definitions=definitions(suite),
+        definitions=definitions(suite, {table.stem for table in tables}),
         runs=_runs(results),
         recipes=_recipes(suite),
     )
@@ -50,7 +50,13 @@ def write_page(
 def _recipes(suite: Suite) -> list[tuple[str, str]]:
     """Name and source of every recipe that a row names."""
     named = {row.recipe for row in suite.methods.values()}
-    return [(name, recipe.source) for name, recipe in suite.recipes.items() if name in named and recipe.source]
+    tuned = {row.finetune for row in suite.methods.values()}
+    found = [(name, recipe.source) for name, recipe in suite.recipes.items() if name in named and recipe.source]
+    return found + [
+        (f"{name} (fine-tuning)", recipe.source)
+        for name, recipe in suite.finetune_recipes.items()
+        if name in tuned and recipe.source
+    ]
 
 
 def _embedded(png: Path) -> str:
@@ -61,7 +67,7 @@ def _status(rows: Mapping[str, RowResult], profiled: Set[str]) -> list[dict[str,
     """Each row with what became of it; `profiled` are those that a speed run timed."""
     status = []
     for found in rows.values():
-        text = found.why_nothing or "; ".join([f"measured, {found.seeds_text}", *found.marks])
+        text = found.why_nothing_in_full or "; ".join([f"measured, {found.seeds_text}", *found.marks])
         timed_only = not found.runs and found.row in profiled
         status.append(
             {
@@ -74,13 +80,17 @@ def _status(rows: Mapping[str, RowResult], profiled: Set[str]) -> list[dict[str,
     return status
 
 
+_FIGURE_NAMES = {"mat_at_1": "MAT@1", "mat_at_5": "MAT@5", "finetune": "fine-tuning", "lpips": "LPIPS"}
+
+
 def _missing_figures(rows: Mapping[str, RowResult]) -> list[str]:
     """What the records say was not measured, each reason once with its rows."""
     by_reason: dict[str, list[str]] = {}
     for found in rows.values():
         for run in found.finished:
             for name, reason in run.record.not_measured.items():
-                labels = by_reason.setdefault(f"{name.replace('_', ' ')}: {reason}", [])
+                named = _FIGURE_NAMES.get(name, name.replace("_", " "))
+                labels = by_reason.setdefault(f"{named}: {reason}", [])
                 if found.label not in labels:
                     labels.append(found.label)
     return [f"{text} ({', '.join(labels)})" for text, labels in by_reason.items()]
@@ -123,15 +133,15 @@ def _runs(results: Results) -> list[dict[str, Any]]:
             "hash": "none",
             "started": inference.record.started_at,
             "commit": commit_text(inference.record.environment),
-            "notes": "random weights",
+            "notes": "random weights, but of rows that come trained",
         }
         for inference in results.inferences
     ]
     return lines
 
 
-def definitions(suite: Suite) -> list[tuple[str, str]]:
-    """What each number means, with the suite's own constants."""
+def definitions(suite: Suite, tables: Set[str] = frozenset()) -> list[tuple[str, str]]:
+    """What each number means, with the suite's own constants. `tables`: stems of the tables that are there."""
     values = suite.estimator
     counting = {
         "relative": f"the smoothed loss is {100 * values.delta:g} % below its value at the last decrease",
@@ -186,10 +196,63 @@ def definitions(suite: Suite) -> list[tuple[str, str]]:
             "Shares of the mean iteration: the frozen projector's encoding; waiting for data and what lies between "
             "phases.",
         ),
-        ("MAT", "Mean accuracy-increase time of fine-tuning. Not measured: fine-tuning is not built yet."),
+        (
+            "MAT@1, MAT@5",
+            "Mean accuracy-increase time, seconds per percentage point: training time of the whole fine-tuning over "
+            "the points of top-1 (top-5) accuracy that its best check has gained over the check before any step. "
+            'Without a gain the cell reads "no increase".',
+        ),
+        *(_FINETUNING if "fine-tuning" in tables else ()),
+        *(_OVERALL if "table5" in tables else ()),
+        *(_IMAGE_QUALITY if tables & {"table4", "image-quality"} else ()),
         (
             "Published numbers",
             "From arXiv:2312.07971, in columns of their own. The paper states no units and its definitions are not "
             "public: compare the ratios to a reference row, not the values.",
         ),
     ]
+
+
+_FINETUNING = (
+    (
+        "Linear probe, k-NN",
+        "Accuracy of a linear classifier, and of a vote among nearest neighbours, on features of the frozen encoder, "
+        "fitted before fine-tuning changes it: what pre-training alone has taught.",
+    ),
+)
+_OVERALL = (
+    (
+        "Overall mean",
+        "Plain mean of MIT (s), MLT (s), MLI, MAT@1 and MAT@5 (s per point), as in the paper's Table 5. Units are "
+        "mixed; missing where one of the five is.",
+    ),
+)
+_IMAGE_QUALITY = (
+    (
+        "FID",
+        "Frechet distance between normal distributions fitted to the features of real and of filled images (Heusel et "
+        "al. 2017). Biased by N: compare at equal N, and together with KID.",
+    ),
+    (
+        "KID",
+        "Squared maximum mean discrepancy of the same features under a cubic kernel, mean over subsets (Binkowski et "
+        "al. 2018). Unbiased, so that it may fall below 0; ± is the standard deviation over subsets.",
+    ),
+    (
+        "Precision, recall",
+        "Share of filled images inside the manifold of the real ones, and of real ones inside that of the filled "
+        "(Kynkaanniemi et al. 2019).",
+    ),
+    (
+        "CLIP-score",
+        "Mean cosine between the embeddings of the filled image and of its caption, raw: neither scaled nor clipped.",
+    ),
+    (
+        "LPIPS",
+        "Perceptual distance of the filled and the real image (Zhang et al. 2018, AlexNet), mean over images.",
+    ),
+    (
+        "PSNR, SSIM of image quality",
+        "PSNR over hidden pixels, SSIM over the whole image, on the images and masks of the other columns.",
+    ),
+)

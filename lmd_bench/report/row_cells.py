@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Final
 
-from lmd_bench.metrics.efficiency import RunEfficiency
-from lmd_bench.metrics.intervals import Figure, Interval, Missing, Ratio, ratio
+from lmd_bench.metrics.intervals import NO_INTERVAL, Figure, Interval, Missing, Ratio, ratio
 from lmd_bench.records import CACHED_LATENTS
 from lmd_bench.report.cells import Cell, Column, Number, label, missing, number, percent, span
 from lmd_bench.report.rows import RowResult, points_text, short_kind
 
 
-def name_cell(found: RowResult) -> Cell:
-    """What names a row, with the kind of its intervals and, from the fourth line on, its marks."""
+def name_cell(found: RowResult, *, tuning: bool = False) -> Cell:
+    """What names a row, with the kind of its intervals (MLT's, else MIT's) and, from the fourth line on, its marks.
+
+    tuning: those of fine-tuning too.
+    """
     figure = found.figure(lambda e: e.headline.mlt_ms, "mlt")
     if isinstance(figure, Missing):
         figure = found.figure(lambda e: e.mit_whole_ms, "mit")
+    return _name_cell(found, figure, list(dict.fromkeys([*found.marks, *(found.tuning_marks if tuning else ())])))
+
+
+def tuning_name_cell(found: RowResult, figure: Figure) -> Cell:
+    """The same for a table of fine-tuning: the kind is that of `figure`."""
+    return _name_cell(found, figure, found.tuning_marks)
+
+
+def _name_cell(found: RowResult, figure: Figure, marks: Sequence[str]) -> Cell:
     kind = short_kind(figure.kind) if isinstance(figure, Interval) else "none"
     parts: dict[str, Number | str] = {
         "row": found.row, "label": found.label, "seeds": len(found.finished), "interval_kind": kind,
-        "marks": "; ".join(found.marks) or "none",
+        "marks": "; ".join(marks) or "none",
     }  # fmt: skip
-    return Cell((found.label, f"{found.row}, {found.seeds_text}", f"interval: {kind}", *found.marks), "label", parts)
+    said = kind if kind.startswith(NO_INTERVAL) else f"interval: {kind}"
+    return Cell((found.label, f"{found.row}, {found.seeds_text}", said, *marks), "label", parts)
 
 
 def measured_parts(key: str, unit: str) -> tuple[str, ...]:
@@ -38,13 +51,14 @@ NAME_COLUMN: Final = Column("Method", ("row", "label", "seeds", "interval_kind",
 def measured_cell(
     found: RowResult,
     reference: RowResult | None,
-    pick: Callable[[RunEfficiency], Figure],
+    figure_of: Callable[[RowResult], Figure],
     key: str,
     unit: str,
     scale: float,
+    obstacle: str | None = None,
 ) -> Cell:
-    """A figure with its interval, and its ratio to the reference row with a verdict."""
-    figure = found.figure(pick, key)
+    """A figure with its interval, and its ratio to the reference row with a verdict; `obstacle`: why there is none."""
+    figure = figure_of(found)
     if isinstance(figure, Missing):
         return missing(figure.reason)
     lines, parts = figure_lines(figure, f"{key}{unit}", scale)
@@ -53,7 +67,7 @@ def measured_cell(
         return Cell((*lines, "no reference row"), "value", parts | dict.fromkeys(names, "no reference row"))
     if reference.row == found.row:
         return Cell((*lines, "reference"), "value", parts | dict.fromkeys(names[:3], 1.0) | {names[3]: "reference"})
-    against = ratio(figure, reference.figure(pick, key), found.confidence)
+    against = Missing(obstacle) if obstacle else ratio(figure, figure_of(reference), found.confidence)
     more, more_parts = ratio_lines(against, reference.row, key)
     return Cell((*lines, *more), "value", parts | more_parts)
 
@@ -62,10 +76,25 @@ def figure_lines(figure: Interval, name: str, scale: float = 1.0) -> tuple[list[
     """A figure's value and interval as lines, and as CSV parts `name`, `name_low`, `name_high`."""
     value = figure.value * scale
     if figure.low is None or figure.high is None:
-        why = points_text(_scaled(figure, scale)) or short_kind(figure.kind)
-        return [number(value), why], {name: value, f"{name}_low": why, f"{name}_high": why}
+        points = points_text(_scaled(figure, scale))
+        why = points or short_kind(figure.kind)
+        lines = [number(value), why, *(_seeds_behind(figure) if points else ())]
+        return lines, {name: value, f"{name}_low": why, f"{name}_high": why}
     low, high = figure.low * scale, figure.high * scale
-    return [number(value), span(value, low, high)], {name: value, f"{name}_low": low, f"{name}_high": high}
+    lines = [number(value), span(value, low, high), *_seeds_behind(figure)]
+    return lines, {name: value, f"{name}_low": low, f"{name}_high": high}
+
+
+def _seeds_behind(figure: Interval) -> list[str]:
+    """ "2 of 3 seeds" where some have no such figure; nothing where all have."""
+    match = re.search(r"\d+ of \d+ seeds", figure.kind)
+    return [match[0]] if match else []
+
+
+def seeds_line(count: int, found: RowResult) -> tuple[str, ...]:
+    """ "2 of 3 seeds" where a mean is of `count` of the row's finished runs alone; nothing where it is of all."""
+    total = len(found.finished)
+    return () if count == total else (f"{count} of {total} seeds",)
 
 
 def _scaled(figure: Interval, scale: float) -> Interval:
@@ -99,14 +128,16 @@ def setup(found: RowResult) -> Cell:
         text = f"{number(record.cost.trainable_parameters / 1e6)} M trainable"
         if record.cost.projector_parameters:
             text += f", {number(record.cost.projector_parameters / 1e6)} M frozen projector"
+        if found.comes_trained:
+            text = f"{number(record.cost.parameters / 1e6)} M, comes trained"
         lines.append(text)
-    recipe = config.get("recipe") or {}
+    recipe = {} if record.num_steps == 0 else config.get("recipe") or {}
     described = [
         f"{config['image_size']} px" if "image_size" in config else "",
         f"batch {recipe['batch_size']}" if "batch_size" in recipe else "",
         str((recipe.get("optimizer") or {}).get("name", "")),
         str(config.get("precision", "")),
-        f"{record.num_steps} steps",
+        f"{record.num_steps} steps" if record.num_steps else "nothing trained",
     ]
     lines.append(", ".join(text for text in described if text))
     return Cell(tuple(lines), "label", {"setup": ", ".join(lines)})

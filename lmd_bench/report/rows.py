@@ -10,12 +10,19 @@ from typing import Any
 from lmd_bench.config import RowConfig, Suite
 from lmd_bench.lmd.mask_schedule import mask_levels
 from lmd_bench.metrics.efficiency import RunEfficiency
-from lmd_bench.metrics.intervals import Figure, Interval, Missing, over_seeds
-from lmd_bench.records import Phases
+from lmd_bench.metrics.intervals import NO_INTERVAL, Figure, Interval, Missing, over_seeds
+from lmd_bench.metrics.quality import NO_INCREASE
+from lmd_bench.records import Finetune, ImageQuality, Phases
 from lmd_bench.report.cells import number, percent, plain
 from lmd_bench.report.load import Results, Run
+from lmd_bench.report.tuning import other_settings
 
-NOT_BUILT_MAT = "fine-tuning is not built yet"
+NOT_FINE_TUNED = "this row is not fine-tuned"
+NOTHING_FINE_TUNED = "the suite fine-tunes nothing"
+_TUNED_DIFFERENTLY = "seeds fine-tuned differently"
+_INVALID = "invalid: "
+"""Begins a note of fine-tuning that a mark says in other words."""
+ONE_SEED = f"{NO_INTERVAL}: one seed"
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,7 @@ class RowResult:
     """None for records of a row that the suite no longer has."""
     runs: tuple[Run, ...]
     confidence: float
+    suite_fine_tunes: bool
 
     @property
     def finished(self) -> list[Run]:
@@ -41,14 +49,27 @@ class RowResult:
 
     @property
     def why_nothing(self) -> str | None:
-        """Why the row has no finished run, as a cell says it; None where it has one."""
+        """Why the row has no finished run, as a cell says it; None where it has one.
+
+        Of missing weights only which; `why_nothing_in_full` says what can be done about it.
+        """
+        text = self.why_nothing_in_full
+        if text is None or self.runs or not (self.config and self.config.missing):
+            return text
+        return f"not measured: {plain(in_short(self.config.missing))}"
+
+    @property
+    def why_nothing_in_full(self) -> str | None:
+        """Why the row has no finished run, in one sentence; None where it has one."""
         if self.finished:
             return None
         if self.runs:
             first = self.runs[0].record
             return f"failed: {plain(first.error or 'no message was recorded')}"
-        if self.config and self.config.planned:
-            return f"not measured: planned: {plain(self.config.planned)}"
+        if self.config and self.config.listed_only:
+            return f"not measured: {plain(self.config.listed_only)}"
+        if self.config and self.config.missing:
+            return f"not measured: {' '.join(self.config.missing.split())}"
         return "not run"
 
     @property
@@ -71,13 +92,75 @@ class RowResult:
             return Missing(figure.reason if said else f"not measured: {figure.reason}")
         return figure
 
-    def recorded_reason(self, *names: str) -> str:
-        """The first reason the records give for any of `names`."""
+    @property
+    def comes_trained(self) -> bool:
+        """Whether nothing was trained: the method's weights are published ones."""
+        return bool(self.finished) and all(run.record.num_steps == 0 for run in self.finished)
+
+    @property
+    def finetunes(self) -> list[Finetune]:
+        """What the finished runs say of fine-tuning, seeds without it left out."""
+        return [run.record.finetune for run in self.finished if run.record.finetune is not None]
+
+    @property
+    def image_qualities(self) -> list[ImageQuality]:
+        """What the finished runs say of the images they filled, seeds without it left out."""
+        return [run.record.image_quality for run in self.finished if run.record.image_quality is not None]
+
+    @property
+    def no_finetune(self) -> str:
+        """Why no finished run was fine-tuned, as a cell says it."""
+        if self.why_nothing:
+            return self.why_nothing
+        named = self.config is None or self.config.finetune is not None
+        otherwise = NOTHING_FINE_TUNED if not self.suite_fine_tunes else None if named else NOT_FINE_TUNED
+        return f"not measured: {self.recorded_reason('finetune', otherwise=otherwise)}"
+
+    def seed_figure(self, pick: Callable[[Run], float | Missing]) -> Figure:
+        """A figure of fine-tuning, one value a run, over seeds. Missing carries the cell's text.
+
+        One seed has no interval, nor have seeds that were fine-tuned differently. Positive values only: means and
+        intervals are on the log scale.
+        """
+        if self.why_nothing:
+            return Missing(self.why_nothing)
+        picked = [pick(run) for run in self.finished]
+        values = [
+            Interval(value, None, None, ONE_SEED) if isinstance(value, int | float) else value for value in picked
+        ]
+        figure = over_seeds(values, self.confidence)
+        if isinstance(figure, Missing) or not self.tuned_differently:
+            return figure
+        return Interval(figure.value, None, None, f"{NO_INTERVAL}: {_TUNED_DIFFERENTLY}")
+
+    @property
+    def tuned_differently(self) -> list[str]:
+        """What seeds of one row must share in fine-tuning, and the finished ones do not."""
+        return other_settings(self.finished)
+
+    def mat(self, run: Run, k: int) -> float | Missing:
+        """A run's MAT@k in seconds per percentage point, k 1 or 5; Missing carries the whole text of the cell."""
+        finetune, name = run.record.finetune, f"mat_at_{k}"
+        if finetune is None:
+            return Missing(self.no_finetune)
+        value = finetune.mat_at_1 if k == 1 else finetune.mat_at_5
+        if value is not None:
+            return value
+        reason = plain(run.record.not_measured.get(name, "the record does not hold it"))
+        return Missing(reason if reason.startswith(NO_INCREASE) else f"not measured: {reason}")
+
+    def recorded_reason(self, *names: str, otherwise: str | None = None) -> str:
+        """The first reason the records give for any of `names`.
+
+        Without one: `otherwise`; of a row that comes trained, why it has no figures of training.
+        """
+        if self.comes_trained and otherwise is None:
+            names += ("efficiency",)
         for run in self.finished:
             for name in names:
                 if name in run.record.not_measured:
                     return plain(run.record.not_measured[name])
-        return "the record does not hold it"
+        return otherwise or "the record does not hold it"
 
     def mean(self, pick: Callable[[Run], float | None]) -> float | None:
         """Plain mean over finished runs of a figure that some may lack; None where all do."""
@@ -145,10 +228,33 @@ class RowResult:
             if timing is not None and not timing.valid:
                 share = percent(timing.residual_share)
                 marks.append(f"timing invalid: {share} of wall time not accounted for (seed {run.record.seed})")
-        for run in self.runs:
-            if run.record.status == "failed" and self.finished:
-                marks.append(f"seed {run.record.seed} failed: {plain(run.record.error or 'no message', 80)}")
-        return marks
+        return marks + self._failures
+
+    @property
+    def tuning_marks(self) -> list[str]:
+        """What a reader must know before using the row's figures of fine-tuning."""
+        marks = [
+            f"timing invalid: {percent(tuned.timing.residual_share)} of wall time not accounted for "
+            f"(seed {run.record.seed})"
+            for run in self.finished
+            if (tuned := run.record.finetune) is not None and not tuned.timing.valid
+        ]
+        if self.tuned_differently:
+            marks.append(f"{_TUNED_DIFFERENTLY}: {', '.join(self.tuned_differently)}")
+        caveats: dict[str, list[str]] = {}
+        for run in self.finished:
+            for note in run.record.finetune.notes if run.record.finetune else []:
+                if not note.startswith(_INVALID):
+                    caveats.setdefault(in_short(note), []).append(str(run.record.seed))
+        return marks + [f"{text}{self._which(seeds)}" for text, seeds in caveats.items()] + self._failures
+
+    @property
+    def _failures(self) -> list[str]:
+        return [
+            f"seed {run.record.seed} failed: {plain(run.record.error or 'no message', 80)}"
+            for run in self.runs
+            if run.record.status == "failed" and self.finished
+        ]
 
     def _with_efficiency(self) -> Iterable[tuple[Run, RunEfficiency]]:
         kept = [run for run in self.finished if run.record.efficiency is not None]
@@ -176,9 +282,19 @@ def row_results(suite: Suite, results: Results) -> dict[str, RowResult]:
             suite.methods.get(row),
             tuple(runs),
             suite.estimator.confidence,
+            suite.finetune is not None,
         )
         for row, runs in results.runs.items()
     }
+
+
+def in_short(reason: str) -> str:
+    """A reason without what can be done about it: "no AlexNet weights" of "no AlexNet weights: put ...".
+
+    One that begins with a file's path and a colon stays whole: the path alone says nothing.
+    """
+    head = reason.partition(": ")[0]
+    return reason if "/" in head else head
 
 
 def short_kind(kind: str) -> str:

@@ -36,7 +36,8 @@ def open_mae(path: Path, *settings: str, ema: bool = False) -> OfficialMethod:
 
 
 def test_every_installed_method_is_tried() -> None:
-    assert {case.method for case in CASES.values()} == set(installed_methods())
+    trained_here = {name for name in installed_methods() if load_method(name, {}).is_trained}
+    assert {case.method for case in CASES.values()} == trained_here
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -83,7 +83,7 @@ methods:
     method: ldm
     recipe: equal
     options: {<<: *unet, projector: {kind: vq, path: "shipped:scenes-vq-f8"}, attention_head_dim: 8}
-  later: {label: Later, method: mae, recipe: equal, planned: "not built yet"}
+  later: {label: Later, method: mae, recipe: equal, listed_only: "left to another suite"}
 evaluation: {num_checks: 2, num_images: 4, unit_px: 16}
 estimator: {half_life_steps: 2, num_resamples: 100}
 tables: [table1, table3, table5]

@@ -85,7 +85,7 @@ def test_the_report_has_its_tables_figures_and_page(finished: Path) -> None:
         assert label in page
     table = (report / "table1.md").read_text()
     assert "Later" in table
-    assert "not built yet" in table
+    assert "left to another suite" in table
 
 
 def test_columns_of_steps_are_the_documented_ones(finished: Path) -> None:
@@ -103,7 +103,7 @@ def test_finished_cells_are_never_run_again_and_the_report_is_made_again(
     done = lmd_bench("run", "--suite", suite_file, "--out", out, "--device", "cpu")
     assert done.code == 0, done.err
     assert f"0 cells to run, {len(ROWS)} finished before" in done.out
-    assert "later: not measured: not built yet" in done.out
+    assert "later: not measured: left to another suite" in done.out
     assert stamps == {row: (cell(out, row) / "record.json").stat().st_mtime_ns for row in ROWS}
     assert page.is_file()
 

@@ -7,7 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.commands import own_process
+from helpers.commands import lmd_bench, own_process
+from huggingface_hub import constants
+
+from lmd_bench.cli.planning import plan_without_data
+
+
+def test_rows_without_their_weights_are_said_and_those_in_a_folder_are_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("LMD_BENCH_WEIGHTS", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    plan, _ = plan_without_data("cc", None, None, None, "cpu", tmp_path, precision="fp32", weights=tmp_path)
+    assert [cell.config.row for cell in plan.cells] == ["lmd-cs"]
+    said = capsys.readouterr().out
+    assert "  sd: not measured: no Stable Diffusion v1.4 weights: put the folder stable-diffusion-v1-4 into" in said
+    assert "  muse: not measured: no aMUSEd-256 weights: put the folder amused-256 into" in said
+    for command in ("profile", "inference"):
+        done = lmd_bench(command, "--suite", "cc", "--weights", tmp_path / "nowhere", "--out", tmp_path)
+        assert (done.code, done.err.strip()) == (2, f"error: --weights {tmp_path / 'nowhere'}: no such folder")
 
 
 @pytest.mark.slow

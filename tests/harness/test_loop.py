@@ -165,6 +165,24 @@ def test_the_moving_average_follows_its_formula() -> None:
     assert module.weight.data[0, 0] == 4.0
 
 
+def test_a_settled_trainer_leaves_the_average_in_place_for_good_and_holds_no_optimizer_state() -> None:
+    method = tiny()
+    options = TrainOptions(
+        recipe=recipe(ema_decay=0.9), steps=4, lr_warmup_steps=0, untimed_steps=0, seed=0, device=CPU
+    )
+    trainer = Trainer(method, RandomImages(), options, CpuClock())
+    trainer.run(lambda _: None, lambda *_: None, lambda *_: None)
+    first = next(method.parameters())
+    with trainer.averaged():
+        average = first.detach().clone()
+    assert not torch.equal(first, average)
+    trainer.settle()
+    assert torch.equal(first, average)
+    with trainer.averaged():
+        assert torch.equal(first, average)
+    assert not trainer.optimizer.state
+
+
 def test_gradients_are_clipped_to_the_recipes_norm() -> None:
     sgd_like = recipe(optimizer={"name": "adamw", "betas": (0.0, 0.0), "weight_decay": 0.0}, clip_grad_norm=1e-12)
     clipped, free = tiny(), tiny()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from helpers.captioned import shard_folder
 from helpers.official import CASES
 
 from lmd_bench.errors import ConfigError
@@ -66,3 +67,16 @@ def test_the_inputs_of_a_row_are_its_projectors_weights_and_pixels_have_none() -
     projector = ProjectorConfig(kind="kl", path="shipped:scenes-kl-f8")
     assert LMD.inputs_digest(LMDConfig(projector=projector)) == weights_digest(projector)
     assert LMD.inputs_digest(LMDConfig(projector=ProjectorConfig(kind="pixels"))) is None
+
+
+def test_shards_of_a_test_split_are_passed_over_with_a_note(tmp_path: Path) -> None:
+    data = shard_folder(tmp_path / "data", 48)
+    (data / "00000.tar").rename(data / "train-0.tar")
+    (data / "00001.tar").rename(data / "test-0.tar")
+    values = suite_values(tmp_path)
+    values["methods"] = {
+        "green": {"method": "greenmim", "label": "GreenMIM", "recipe": "flips", "options": CASES["greenmim"].options}
+    }
+    values["data"] = {"name": "folder", "path": str(data), "image_size": 64, "num_held_out": 4}
+    notes = planned(values, tmp_path / "out").notes
+    assert f"--data {data}: 1 shard of a test split passed over: test-0.tar" in notes

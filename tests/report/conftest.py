@@ -10,18 +10,27 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lmd_bench.config import Suite
 from lmd_bench.metrics.efficiency import EstimatorConfig, measure_run
 from lmd_bench.records import (
     CALIBRATOR,
     PHASES,
+    PICTURES,
+    QUALITY_BOUNDS,
+    AccuracyCheck,
     Check,
     Cost,
+    EvaluatorFacts,
+    Finetune,
+    ImageQuality,
     Phases,
+    Probe,
     ProfileRecord,
     ProfileRound,
     ProfileRow,
+    QualityBounds,
     RunRecord,
     StepWriter,
     Timing,
@@ -149,7 +158,7 @@ def write_run(out: Path, suite: Suite, row: str, seed: int = 0, *, steps: int = 
             "image_size": 64,
             "steps": steps,
             "precision": "fp32",
-            "recipe": suite.recipes[config.recipe].model_dump(mode="json") if config else {},
+            "recipe": suite.recipes[config.recipe].model_dump(mode="json") if config and config.recipe else {},
         },
         config_hash=f"{abs(hash(row)) % 10**8:016d}",
         command=COMMAND,
@@ -212,6 +221,108 @@ def simulated_yardstick(row: str, steps: int, train_s: float, seed: int) -> Yard
         latent_leak_db=0.41 if lmd else None,
         mean_colour_psnr_db=13.1,
     )
+
+
+FINETUNE_RECIPE: dict[str, Any] = {
+    "batch_size": 32,
+    "lr": {"base": 1e-3, "per_images": None},
+    "layer_decay": 0.75,
+    "drop_path": 0.1,
+    "mixup_alpha": 0.8,
+    "source": "one recipe to tune all",
+}
+QUALITY_PART: dict[str, Any] = {"num_images": 200, "evaluators": "scenes"}
+
+
+def simulated_finetune(
+    row: str, seed: int = 0, *, gain: float = 40.0, train_s: float = 2.0, num_val: int = 500
+) -> Finetune:
+    """Five checks that gain `gain` points of top-1 and half of that in top-5; MAT as it is defined, none without."""
+    top1 = [10.0 + 0.1 * seed + gain * share for share in (0.0, 0.4, 0.8, 1.0, 0.9)]
+    top5 = [50.0 + (value - top1[0]) / 2 for value in top1]
+    rise1, rise5 = max(top1) - top1[0], max(top5) - top5[0]
+    return Finetune(
+        num_steps=60, num_train=2000, num_val=num_val, num_classes=10, parameters=2_700_000,
+        timing=Timing(
+            train_s=train_s, pauses_s={"evaluation": 0.4}, wall_s=train_s + 0.4, residual_share=0.0003, valid=True,
+            untimed_s=0.1, compile_s=None, instrument_us_per_step=30.0,
+        ),
+        checks=[
+            AccuracyCheck(step=15 * i, train_s=train_s * i / 4, top1=a, top5=b, num_images=num_val)
+            for i, (a, b) in enumerate(zip(top1, top5, strict=True))
+        ],
+        mit_ms=1e3 * train_s / 60,
+        mat_at_1=train_s / rise1 if rise1 > 0 else None,
+        mat_at_5=train_s / rise5 if rise5 > 0 else None,
+        losses=[2.3 - 0.02 * i for i in range(60)],
+        settings={"recipe": FINETUNE_RECIPE | {"pool": "mean"}, "steps": 60},
+        notes=["3 of 500 validation images could not be used"] if row == "mae" else [],
+    )  # fmt: skip
+
+
+def simulated_probes(seed: int = 0) -> list[Probe]:
+    """A linear probe and k-NN."""
+    return [
+        Probe(
+            name=name, top1=top1 + seed, top5=90.0, setting=setting, num_train=1000, num_val=500, num_features=192,
+            seconds=0.3,
+        )
+        for name, top1, setting in (
+            ("linear", 41.0, "logistic regression on standardised features"),
+            ("knn", 33.0, "votes of the 20 nearest by cosine"),
+        )
+    ]  # fmt: skip
+
+
+def evaluator_facts(kind: str, suffix: str) -> EvaluatorFacts:
+    """What a record says of a network; the scenes evaluators have facts of their own."""
+    name = {"features": "Inception v3 (torch-fidelity)", "clip": "CLIP ViT-L-14", "lpips": "LPIPS AlexNet"}[kind]
+    if suffix and kind != "lpips":
+        name = f"scenes {kind}"
+    return EvaluatorFacts(
+        name=name, weights=f"{kind}.safetensors", sha256=f"{kind}{suffix}".encode().hex().ljust(64, "0"),
+        resize="antialiased bicubic to 64 px", num_features=2048 if kind == "features" else None,
+    )  # fmt: skip
+
+
+def simulated_quality(
+    level: float, seed: int = 0, *, suffix: str = "_scenes", num_images: int = 200, **changes: Any
+) -> ImageQuality:
+    """Figures that grow with `level` where less is better; `suffix` "" for the published evaluators."""
+    level += 0.01 * seed
+    values = {
+        f"fid{suffix}": 10 * level, f"kid{suffix}": 0.01 * level, f"kid_std{suffix}": 0.001,
+        f"precision{suffix}": 1 / (1 + level), f"recall{suffix}": 0.5 / (1 + level),
+        f"clip_score{suffix}": 0.3 - 0.01 * level, "psnr_db": 20 - level, "ssim": 0.5,
+    }  # fmt: skip
+    quality = ImageQuality(
+        num_images=num_images, image_size=64, what="filled against real, 75 % hidden in units of 16 px", values=values,
+        evaluators={kind: evaluator_facts(kind, suffix) for kind in ("features", "clip")},
+        real_digest="0123456789abcdef", seed=seed, fill_s=1.0,
+        not_measured={"lpips": "no AlexNet weights: put alexnet-owt-7be5be79.pth into --weights DIR"},
+    )  # fmt: skip
+    return quality.model_copy(update=changes)
+
+
+def write_bounds(out: Path, suite: Suite, **changes: Any) -> None:
+    """The suite's floor and ceiling."""
+    truth, grey = (simulated_quality(level, **changes) for level in (0.0, 9.0))
+    write_json(out / suite.name / QUALITY_BOUNDS, QualityBounds(truth=truth, grey=grey))
+
+
+def write_pictures(
+    out: Path, suite: Suite, row: str, seed: int = 0, *, tile_px: int = 16, count: int = 4, kinds: tuple[str, ...] = ()
+) -> None:
+    """Strips of tiles in flat colours: the same originals and masks for every row, another fill for each."""
+    folder = cell_folder(out, suite.name, row, seed) / PICTURES
+    folder.mkdir(parents=True, exist_ok=True)
+    colours = np.linspace(30, 225, count).astype(np.uint8)
+    for kind in kinds or ("original", "masked", "filled"):
+        strip = np.repeat(np.repeat(colours, tile_px)[None], tile_px, axis=0)
+        pixels = np.stack([strip, strip[:, ::-1], strip], axis=-1)
+        if kind != "original":
+            pixels[tile_px // 2 :] = 128 if kind == "masked" else sum(map(ord, row)) % 256
+        Image.fromarray(pixels).save(folder / f"{kind}.png")
 
 
 def write_failure(

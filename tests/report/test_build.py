@@ -17,9 +17,13 @@ from lmd_bench.config import Suite
 from lmd_bench.errors import RecordError
 from lmd_bench.metrics.efficiency import RunEfficiency
 from lmd_bench.metrics.intervals import Interval, over_seeds, ratio
-from lmd_bench.records import read_run, write_json
+from lmd_bench.records import YARDSTICK_BOUNDS, Yardstick, read_run, write_json
 from lmd_bench.report import Report, build_report, terminal_tables
-from lmd_bench.report.cells import Cell, Table, number
+from lmd_bench.report.build import _OWN_FILES, make_tables
+from lmd_bench.report.cells import Cell, Table, number, to_csv
+from lmd_bench.report.load import load_results
+from lmd_bench.report.origin import origin
+from lmd_bench.report.rows import row_results
 from tests.report.conftest import SUITE, MakeSuite, make_profile, write_failure, write_run
 
 COMMAND = "lmd-bench report reports/local/demo"
@@ -27,6 +31,22 @@ COMMAND = "lmd-bench report reports/local/demo"
 
 def build(out: Path, suite: Suite) -> Report:
     return build_report(out / suite.name, suite, command=COMMAND)
+
+
+def build_tables(out: Path, suite: Suite) -> Report:
+    """A report of tables alone, without figures and page: most of what a report costs is drawing."""
+    folder = out / suite.name
+    results = load_results(folder, suite)
+    rows = row_results(suite, results)
+    tables = make_tables(suite, results, rows)
+    paths = []
+    for one in tables:
+        path = folder / f"{one.stem}.csv"
+        path.write_text(to_csv(one, []), encoding="utf-8")
+        paths.append(path)
+    warnings = origin(suite, results, COMMAND).warnings
+    problems = tuple(results.problems)
+    return Report(suite, folder, folder / "index.html", tuple(paths), problems, warnings, tuple(tables), rows)
 
 
 def table(report: Report, stem: str) -> Table:
@@ -283,35 +303,18 @@ def test_a_failed_seed_is_named_beside_the_others(tmp_path: Path, suite: Suite) 
 # -- what is missing says why -----------------------------------------------------------------------------------------
 
 
-def test_missing_cells_say_not_run_failed_or_planned(tmp_path: Path, make_suite: MakeSuite, suite: Suite) -> None:
+def test_missing_cells_say_not_run_failed_or_listed_only(tmp_path: Path, make_suite: MakeSuite, suite: Suite) -> None:
     methods = {name: config.model_dump() for name, config in suite.methods.items()}
-    methods["lmd-ps"]["planned"] = "its schedule is not built yet"
+    methods["lmd-ps"]["listed_only"] = "too heavy for this suite"
     changed = make_suite(methods=methods)
     write_run(tmp_path, changed, "mae")
     write_failure(tmp_path, changed, "lmd-cs")
     report = build(tmp_path, changed)
     cells = {name: row(table(report, "table1"), name) for name in ("LMD-PS", "LMD-CS", "LMD-US")}
-    assert cells["LMD-PS"]["mlt_s"].lines == ("not measured: planned: its schedule is not built yet",)
+    assert cells["LMD-PS"]["mlt_s"].lines == ("not measured: too heavy for this suite",)
     assert cells["LMD-CS"]["mlt_s"].lines == ("failed: step 12: the loss is not finite",)
     assert cells["LMD-US"]["mlt_s"].lines == ("not run",)
     assert cells["LMD-CS"]["published_mlt"].lines == ("6.92", "0.404 × MAE")
-    assert_nothing_silent(report)
-
-
-def test_mat_and_the_overall_mean_are_not_measured_and_say_why(tmp_path: Path, make_suite: MakeSuite) -> None:
-    suite = make_suite(tables=["table2", "table5"])
-    write_run(tmp_path, suite, "mae")
-    write_run(tmp_path, suite, "lmd-cs")
-    report = build(tmp_path, suite)
-    assert row(table(report, "table2"), "MAE")["mat_at_1_s"].lines == ("not measured: fine-tuning is not built yet",)
-    lmd = row(table(report, "table5"), "LMD-CS")
-    assert lmd["overall_mean"].lines == ("not measured: needs MAT",)
-    assert lmd["published_overall_mean"].lines == ("2.48", "reference")
-    assert lmd["mit_ms"].lines[-1] == "reference"
-    assert (
-        "In the paper's table but without a row in this suite: w/o LSP, w/o MAE, w/o MDS."
-        in table(report, "table5").notes
-    )
     assert_nothing_silent(report)
 
 
@@ -379,6 +382,37 @@ def test_two_speed_runs_get_tables_of_their_own(tmp_path: Path, suite: Suite) ->
     (tmp_path / "demo" / "profile-b64-bf16.json").unlink()
     build(tmp_path, suite)
     assert not list((tmp_path / "demo" / "report").glob("step-cost-b64*")), "left over from a speed run that is gone"
+
+
+def test_tables_and_figures_that_the_suite_no_longer_has_are_removed_and_other_files_stay(
+    tmp_path: Path, make_suite: MakeSuite, suite: Suite
+) -> None:
+    write_run(tmp_path, suite, "mae")
+    folder = build(tmp_path, suite).folder
+    (folder / "notes.md").write_text("mine")
+    assert (folder / "table3.csv").is_file()
+    (folder / "mask-schedules.png").rename(folder / "reconstructions.png")
+    build(tmp_path, make_suite(tables=["table1"], evaluation={"num_checks": 0}))
+    names = {path.name for path in folder.iterdir()}
+    assert not {"table3.csv", "table3.md", "reconstructions.png"} & names
+    assert {"table1.csv", "mask-schedules.png", "notes.md"} <= names
+
+
+def test_every_file_of_a_report_is_known_as_its_own(report: Report) -> None:
+    own = {path for pattern in _OWN_FILES for path in report.folder.glob(pattern)}
+    assert set(report.paths) - own == {report.page}
+
+
+def test_a_yardstick_of_which_only_the_checks_are_there_says_why(tmp_path: Path, suite: Suite) -> None:
+    full = write_run(tmp_path, suite, "lmd-cs").yardstick
+    assert full is not None
+    bare = Yardstick(image_size=64, unit_px=16, checks=full.checks)
+    reason = {YARDSTICK_BOUNDS: "RuntimeError: no such kernel"}
+    write_run(tmp_path, suite, "lmd-cs", yardstick=bare, not_measured=reason)
+    cells = row(table(build_tables(tmp_path, suite), "ttq"), "LMD-CS")
+    for name in ("mean_colour_psnr_db", "nearest_unit_psnr_db", "ceiling_psnr_db", "latent_leak_db"):
+        assert cells[name].lines == ("not measured: RuntimeError: no such kernel",)
+    assert cells["psnr_last_db"].kind == "value"
 
 
 def test_one_row_alone_has_no_reference_to_compare_with(tmp_path: Path, suite: Suite) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from lmd_bench.config import Suite
 from lmd_bench.records import InferenceRecord, InferenceRound, InferenceRow, NotMeasured, write_json
-from lmd_bench.report.build import build_report, terminal_tables
+from lmd_bench.report import build_report, terminal_tables
 from lmd_bench.report.cells import Cell, Table
 from lmd_bench.report.inference import inference_table
 from tests.report.conftest import ENVIRONMENT
@@ -73,7 +73,7 @@ def make_record(suite: Suite, rounds: int = 6, **changes: Any) -> InferenceRecor
             NotMeasured(row="mae", task="sample", batch_size=1, reason="MAE does not generate images"),
             NotMeasured(row="mae", task="sample", batch_size=64, reason="MAE does not generate images"),
             NotMeasured(row="ddpm", task=None, batch_size=64, reason="the process ended with code -9"),
-            NotMeasured(row="simmim", task=None, batch_size=None, reason="not built yet"),
+            NotMeasured(row="simmim", task=None, batch_size=None, reason="left to another suite"),
         ],
         **changes,
     }
@@ -130,8 +130,8 @@ def test_what_cannot_be_done_says_why(suite: Suite) -> None:
     table = inference_table(make_record(suite), 0.95)
     assert cells_of(table, "mae", "sample")["s_per_image_b64"].text == "not measured: MAE does not generate images"
     assert cells_of(table, "ddpm", "sample")["s_per_image_b64"].text == "not measured: the process ended with code -9"
-    planned = cells_of(table, "simmim", "reconstruct")
-    assert {cell.text for name, cell in planned.items() if name != "row"} == {"not measured: not built yet"}
+    listed_only = cells_of(table, "simmim", "reconstruct")
+    assert {cell.text for name, cell in listed_only.items() if name != "row"} == {"not measured: left to another suite"}
     assert len(table.sections[1].rows) == 1  # only rows that have levels
 
 

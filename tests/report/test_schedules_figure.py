@@ -25,7 +25,7 @@ class Kept(Drawing):
         super().__init__(*values)
         self.canvases: dict[str, Canvas] = {}
 
-    def _save(
+    def save(
         self,
         canvas: Canvas,
         stem: str,
@@ -33,9 +33,11 @@ class Kept(Drawing):
         caption: str,
         names: Sequence[str],
         table: Sequence[Sequence[object]],
+        *,
+        dpi: int = 150,
     ) -> None:
         self.canvases[stem] = canvas
-        super()._save(canvas, stem, title, caption, names, table)
+        super().save(canvas, stem, title, caption, names, table, dpi=dpi)
 
 
 def drawn(out: Path, suite: Suite, *rows: str) -> Kept:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lmd_bench.errors import WeightsError
-from lmd_bench.projector.losses import PerceptualDistance, perceptual_obstacle
+from lmd_bench.nn.perceptual import PerceptualDistance, perceptual_obstacle
 
 
 def _package_distance(net: str) -> nn.Module:

@@ -1,4 +1,4 @@
-"""LPIPS as a training loss and a measure, from weights that are on this machine."""
+"""LPIPS as a training loss and a measure, from published weights."""
 
 from __future__ import annotations
 
@@ -112,15 +112,22 @@ def perceptual_obstacle(
     """
     if net not in _TRUNKS:
         return f"perceptual distance: no net {net!r}; known are {', '.join(_TRUNKS)}"
-    smallest = _TRUNKS[net].smallest_px
-    if image_size is not None and image_size < smallest:
-        return f"perceptual distance: images of {image_size} px are too small for {net}; it takes {smallest} px or more"
+    if image_size is not None and (too_small := size_obstacle(net, image_size)) is not None:
+        return f"perceptual distance: {too_small}"
     file = trunk_weights or _default_trunk(net)
     if not file.is_file():
         return (
             f"perceptual distance: {file} is missing; put torchvision's {_TRUNKS[net].file} there, or name the file,"
             f" from {_TORCHVISION_WEIGHTS}{_TRUNKS[net].file}"
         )
+    return None
+
+
+def size_obstacle(net: PerceptualNet, image_size: int) -> str | None:
+    """Why images whose shorter side is `image_size` px cannot be compared, None where they can."""
+    smallest = _TRUNKS[net].smallest_px
+    if image_size < smallest:
+        return f"images of {image_size} px are too small for {net}; it takes {smallest} px or more"
     return None
 
 
